@@ -1,0 +1,1 @@
+"""The model room: the decoder in one file, the hub's folder format in and out."""
