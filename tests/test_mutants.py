@@ -1,0 +1,81 @@
+"""Every mutant of tests/mutants/ is killed by the test it names, and by that test's verdict alone.
+
+A killer runs in a subprocess on a patched copy of the project, two at a time. Exit code 1 and a FAILED line
+of the killer are asked for: a mutant that merely breaks an import or the collection is not killed.
+`-k losses` runs the mutants of one room, `-k NAME` a single one.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.mutant import ROOT, Mutant, patched, write_mutant
+
+ROOMS = sorted(path.stem for path in (ROOT / "tests" / "mutants").glob("*.py") if path.stem != "mutant")
+MUTANTS: list[tuple[str, Mutant]] = [
+    (f"{room}-{mutant.name}", mutant)
+    for room in ROOMS
+    for mutant in importlib.import_module(f"tests.mutants.{room}").MUTANTS
+]
+SECONDS = 240  # of one killer; a mutant that hangs is not killed by its test
+Outcome = subprocess.CompletedProcess[str]
+
+
+def run_killers(folder: Path, *killers: str, mutant: str) -> Outcome:
+    """pytest on the killers, in a folder that holds the project or a patched copy of it."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *killers]
+    env = os.environ | {"NANOPOST_MUTANT": mutant, "PYTHONPATH": str(folder)}
+    env |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the latter for speed
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=SECONDS)
+
+
+def run_mutant(mutant: Mutant) -> Outcome:
+    with tempfile.TemporaryDirectory() as folder:
+        write_mutant(mutant, Path(folder) / "project")
+        return run_killers(Path(folder) / "project", mutant.killer, mutant=mutant.name)
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
+    """The runs of the selected mutants, two at a time, and under "" one of all their killers unpatched."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    chosen = {
+        call.params["name"]: call.params["mutant"] for call in calls if call and "mutant" in call.params
+    }
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        runs = {name: pool.submit(run_mutant, mutant) for name, mutant in chosen.items()}
+        killers = sorted({mutant.killer for mutant in chosen.values()})
+        runs[""] = pool.submit(run_killers, ROOT, *killers, mutant="")
+        yield runs
+        for run in runs.values():
+            run.cancel()
+
+
+def test_mutants_are_well_formed() -> None:
+    assert len({name for name, _ in MUTANTS}) == len(MUTANTS) > 0
+    for name, mutant in MUTANTS:
+        assert mutant.before != mutant.after and mutant.row > 0 and mutant.source, name
+        assert mutant.story and "\n" not in mutant.story, name
+        compile(patched(mutant), mutant.file, "exec")
+        path, *_, test = mutant.killer.split("[")[0].split("::")
+        assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize(("name", "mutant"), MUTANTS, ids=[name for name, _ in MUTANTS])
+def test_mutant_is_killed(name: str, mutant: Mutant, outcomes: dict[str, Future[Outcome]]) -> None:
+    outcome = outcomes[name].result()
+    report = f"{name} ({mutant.source}) under {mutant.killer}:\n{outcome.stdout}\n{outcome.stderr}"
+    assert outcome.returncode != 0, f"survived: {report}"
+    assert outcome.returncode == 1 and f"FAILED {mutant.killer}" in outcome.stdout, f"broken: {report}"
+
+
+def test_killers_pass_unpatched(outcomes: dict[str, Future[Outcome]]) -> None:
+    outcome = outcomes[""].result()
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
