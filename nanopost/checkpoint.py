@@ -1,0 +1,202 @@
+"""Save in one move, resume exactly.
+
+A state holds what the next step depends on and the configuration does not say: weights, the optimiser's
+moments, and one integer. Data order, learning rate and sampling noise are functions of (seed, step), so on a
+CPU a resumed run is the straight run bit for bit. Tensors go to safetensors and the rest to JSON; nothing is
+pickled. States are full, not sharded: a run on two ranks may go on with one.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+Tensors = dict[str, torch.Tensor]
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Fill a folder out of sight, then put it in place with a rename.
+
+    Args:
+        path: where the folder shall stand; an older one there is replaced once the new one is on disk.
+    Yields:
+        A temporary sibling to write to. If the block raises, it is removed and the older folder stays as it
+        was; after a power cut the leftovers are hidden siblings that the next call for this path cleans up.
+    """
+    path = Path(path)
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if old.exists() and not path.exists():  # cut between the two renames below
+        os.rename(old, path)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for item in [*temporary.rglob("*"), temporary]:
+            _fsync(item)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():
+        os.rename(path, old)
+    os.rename(temporary, path)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def full_state(model: nn.Module) -> Tensors:
+    """All weights of a model, whole and on the CPU, tied ones once.
+
+    Args:
+        model: as built or sharded; all ranks call, because each has a part to give.
+    Returns:
+        Tensors by name, to be written at once: on one process they share the model's memory.
+    """
+    return {name: _full(tensor) for name, tensor in _state(model).items()}
+
+
+def save_state(
+    run: Path | str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int = 2
+) -> None:
+    """Write run/state/step_<step>/{model,optimizer}.safetensors and state.json.
+
+    Args:
+        run: the run folder.
+        step: steps taken so far, which is the number of the next one.
+        model: as built or sharded; tied weights are written once. All ranks call, rank 0 writes.
+        optimizer: built over the model's parameters.
+        keep: how many states stay, the newest ones, ≥ 1.
+    Raises:
+        ValueError: keep below 1, or the optimiser trains something that is no parameter of the model.
+    """
+    if keep < 1:
+        raise ValueError(f"keep: expected at least 1 state to stay, got {keep}")
+    names = {parameter: name for name, parameter in model.named_parameters()}  # one name for tied weights
+    strangers = sum(p not in names for group in optimizer.param_groups for p in group["params"])
+    if strangers:
+        raise ValueError(f"optimizer: {strangers} parameters are not the model's (build it after shard)")
+    weights = full_state(model)
+    moments: Tensors = {}
+    numbers: dict[str, Any] = {}
+    for parameter, name in names.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            entry = f"{name}/{key}"
+            if isinstance(value, torch.Tensor):
+                moments[entry] = _full(value)
+            else:
+                numbers[entry] = value
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    if _is_main():
+        folder = Path(run) / "state"
+        with atomic_folder(folder / f"step_{step:06d}") as new:
+            save_file(weights, new / "model.safetensors")
+            save_file(moments, new / "optimizer.safetensors")
+            record = {"step": step, "groups": groups, "numbers": numbers, "torch": torch.__version__}
+            (new / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for older in _states(folder)[:-keep]:
+            shutil.rmtree(older)
+    _wait()
+
+
+def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put the newest state of a run back into a model and its optimiser.
+
+    Args:
+        run: the run folder. All ranks call and all read.
+        model: of the same shapes, sharded or not, whatever it was when saved.
+        optimizer: built as it was for the saved run.
+    Returns:
+        The step to go on with; 0 when there is no state, and nothing is touched.
+    Raises:
+        ValueError: names or shapes of the weights, or the optimiser's groups, are not the saved ones.
+    """
+    states = _states(Path(run) / "state")
+    if not states:
+        return 0
+    folder = states[-1]
+    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    own = _state(model)
+    _same(folder, "shape of", _shapes(own), _shapes(weights))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    _same(folder, "group", dict(enumerate(groups)), dict(enumerate(record["groups"])))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(_like(weights[name], tensor))
+    optimizer.state.clear()
+    parameters = {name: parameter for parameter, name in names.items()}
+    for entry, value in {**moments, **record["numbers"]}.items():
+        name, key = entry.rsplit("/", 1)
+        is_moment = isinstance(value, torch.Tensor) and value.shape == parameters[name].shape
+        optimizer.state[parameters[name]][key] = _like(value, parameters[name]) if is_moment else value
+    _wait()
+    return int(record["step"])
+
+
+def _state(model: nn.Module) -> Tensors:
+    """Parameters and buffers that a state holds, tied ones under their first name only."""
+    first: dict[Any, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        first.setdefault(tensor, name)
+    return {name: tensors[name].detach() for name in first.values()}
+
+
+def _shapes(tensors: Tensors) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor on the CPU, gathered from all ranks where it is sharded."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().contiguous()
+
+
+def _like(value: torch.Tensor, model_tensor: torch.Tensor) -> torch.Tensor:
+    """A whole tensor as the model holds its own: on its device, sharded where that one is."""
+    value = value.to(model_tensor.device)
+    if isinstance(model_tensor, DTensor):
+        return distribute_tensor(value, model_tensor.device_mesh, model_tensor.placements)
+    return value
+
+
+def _same(folder: Path, what: str, own: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    for key in [*own, *(key for key in saved if key not in own)]:
+        if own.get(key) != saved.get(key):
+            raise ValueError(f"{folder}: {what} {key!r}: saved {saved.get(key)}, this run has {own.get(key)}")
+
+
+def _states(folder: Path) -> list[Path]:
+    """Complete states, oldest first; a folder that was never renamed into place has another name."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()

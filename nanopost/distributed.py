@@ -1,0 +1,172 @@
+"""FSDP2 in a dozen functions, each the identity on one process.
+
+A script calls them without asking how many ranks there are. Under torchrun every rank holds a shard of each
+parameter (`fully_shard`, one group a decoder block and one for the rest); gradients are *summed* over ranks,
+never averaged, because losses are divided by the denominator of the whole optimiser step before backward. So
+the number of ranks cannot change the gradient. Gloo on CPU, NCCL on CUDA (with gloo beside it for Python
+numbers).
+
+Sampling needs care: ranks decode different numbers of tokens, so a collective inside a forward pass would
+hang. `gathered` puts all weights in place first and keeps them there until its block ends.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, overload
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+
+def setup() -> None:
+    """Join the process group that torchrun announces; nothing to do on one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def rank() -> int:
+    """This process's number among all, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes share the work; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes (rank 0)."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def shard(model: M) -> M:
+    """Shard a model's parameters over all ranks, block by block, in place.
+
+    Args:
+        model: the same weights on every rank, decoder blocks in `model.model.layers`, already on `device()`;
+            its method `logps`, where it has one, becomes a way to run it beside the forward pass.
+    Returns:
+        The same model. Gradients after backward are sums over ranks. Outside a forward or backward pass and
+        outside `gathered`, its parameters are DTensors: build the optimiser after this call.
+    Every rank must run the same number of forward and backward passes, with or without supervised tokens.
+    """
+    if world_size() == 1:
+        return model
+    mesh = init_device_mesh(device().type, (world_size(),))
+    blocks: list[Any] = list(model.model.layers)  # type: ignore[union-attr, arg-type]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    # The root frees its weights too: for one gather more, nothing stale can outlive an optimiser step.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    for module in _units(model):  # the setters are not recursive
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale inside a reduction
+    if hasattr(model, "logps"):
+        # FSDP hangs its backward hook on the output, and a view could lose it: hand out a copy.
+        logps: Any = model.logps
+        model.logps = lambda *args, **kwargs: logps(*args, **kwargs).clone()  # type: ignore[assignment]
+        register_fsdp_forward_method(model, "logps")
+    return model
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[nn.Module]:
+    """Hold all weights on every rank while the block runs, so that forward passes need no other rank.
+
+    Args:
+        model: sharded by `shard`, or any model on one process. All ranks enter and leave together; inside,
+            each may run as many forward passes as it likes, none included. No backward inside.
+    Yields:
+        The same model.
+    """
+    for module in _units(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield model
+    finally:
+        for module in _units(model):
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    """Every module that FSDP shards on its own, the root first; empty on one process."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@overload
+def all_sum(x: float | torch.Tensor) -> float: ...
+@overload
+def all_sum(x: Mapping[str, Any]) -> dict[str, float]: ...
+@overload
+def all_sum(x: Sequence[Any]) -> list[float]: ...
+def all_sum(x: Any) -> Any:
+    """Sum numbers over all ranks, in float64.
+
+    Args:
+        x: a number (or tensor of one element), a sequence of them, or a dict of them with the same keys, in
+            the same order, on every rank.
+    Returns:
+        The sums as Python floats in the same shape; `float(x)` on one process.
+    """
+    if isinstance(x, Mapping):
+        return dict(zip(x, all_sum(list(x.values())), strict=True))
+    if isinstance(x, Sequence):
+        numbers = [value.item() if isinstance(value, torch.Tensor) else value for value in x]
+        total = torch.tensor(numbers, dtype=torch.float64)
+        if world_size() > 1 and len(total):
+            dist.all_reduce(total)
+        return total.tolist()
+    return all_sum([x])[0]
+
+
+def shard_rows(items: Sequence[T]) -> list[T]:
+    """This rank's contiguous part of a list that all ranks share.
+
+    Args:
+        items: rows in the global order. For rows that go through backward, make their number divide by the
+            ranks (and group rows adjacent), so that every rank runs as many passes as the others.
+    Returns:
+        Rows ⌊n·rank/world⌋ to ⌊n·(rank+1)/world⌋; joined over ranks they are `items` again.
+    """
+    count, here, ranks = len(items), rank(), world_size()
+    return list(items[count * here // ranks : count * (here + 1) // ranks])
+
+
+def main_print(*values: object) -> None:
+    """Print on rank 0 only, at once."""
+    if is_main():
+        print(*values, flush=True)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_sum(0.0)
+
+
+def teardown() -> None:
+    """Leave the process group; call it last."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+        # Gloo's threads let go of their last tensors with Python's lock; an interpreter that is already
+        # leaving would abort them. The model keeps them alive, so no call joins them: give them a moment.
+        time.sleep(0.1)

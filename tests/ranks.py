@@ -1,0 +1,91 @@
+"""Run a function or a script on n Gloo ranks of this machine, with a time limit on every wait.
+
+    results = run_function("tests.test_distributed", "step_on_a_rank", ranks=2, args=(folder,))
+    output = run_script(["train_sft.py", "--steps", "2"], ranks=2)
+
+A function is named by module and name, runs under `distributed.setup()` and `teardown()`, and what it returns
+comes back as JSON, one value a rank. Ranks are separate Python processes with torchrun's environment
+variables, one thread each. A rank that fails or hangs fails the test with the tail of every rank's output;
+the others are killed.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 90.0  # seconds
+
+CALL = """
+import importlib, json, sys
+from nanopost import distributed
+module, name, args, out = sys.argv[1:]
+distributed.setup()
+value = getattr(importlib.import_module(module), name)(*json.loads(args))
+with open(out, "w") as file:
+    json.dump(value, file)
+distributed.teardown()
+"""
+
+
+def run_function(
+    module: str, name: str, *, ranks: int, args: Sequence[Any] = (), limit: float = LIMIT
+) -> list[Any]:
+    """Call `module.name(*args)` on every rank; arguments and results go through JSON. Results by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
+        commands = [["-c", CALL, module, name, json.dumps(list(args)), str(out)] for out in outs]
+        _run(commands, limit)
+        return [json.loads(out.read_text()) for out in outs]
+
+
+def run_script(command: Sequence[str], *, ranks: int, limit: float = LIMIT) -> str:
+    """Run `python command...` on every rank, as torchrun would; returns what rank 0 printed."""
+    return _run([list(command)] * ranks, limit)[0]
+
+
+def _run(commands: list[list[str]], limit: float) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes, logs = [], []
+    for rank, command in enumerate(commands):
+        env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands))}
+        env |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed below, after its process)
+        logs.append(log)
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
+            )
+        )
+    codes: list[int | None] = []
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            break
+        time.sleep(0.02)
+    for process in processes:  # after a failure or the limit the others wait for a rank that is gone
+        process.kill()
+        process.wait()
+    outputs = []
+    for log in logs:
+        log.seek(0)
+        outputs.append(log.read())
+        log.close()
+    if any(code != 0 for code in codes):
+        tails = "\n".join(
+            f"--- rank {rank}: exit {code}\n{out[-3000:]}"
+            for rank, (code, out) in enumerate(zip(codes, outputs, strict=True))
+        )
+        raise AssertionError(f"ranks did not all finish within {limit:.0f} s (None: still running)\n{tails}")
+    return outputs

@@ -1,0 +1,148 @@
+"""The run folder: what is written, what is refused, what a resumed run forgets."""
+
+import dataclasses
+import doctest
+import gzip
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanopost import metrics
+
+
+@dataclasses.dataclass
+class Config:
+    out: Path = Path("runs/x")
+    steps: int = 3
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_a_new_run_writes_down_what_runs(tmp_path: Path) -> None:
+    run = metrics.open_run(tmp_path / "a" / "b", Config(), env={"template": "0f3a"}, resume=False)
+    assert run == tmp_path / "a" / "b"
+    assert read(run / "args.json") == {"out": "runs/x", "steps": 3, "betas": [0.9, 0.95]}
+    env = read(run / "env.json")
+    assert env["template"] == "0f3a" and env["torch"] == torch.__version__ and env["threads"] == 1
+    assert env["python"] == ".".join(map(str, sys.version_info[:3])) and env["ranks"] == 1
+    assert env["packages"]["numpy"]
+    assert env["commit"] is None or len(env["commit"].split("-")[0]) == 40
+    assert "changes" not in env
+    assert sorted(path.name for path in run.iterdir()) == ["args.json", "env.json"]
+
+
+def test_a_folder_with_a_run_is_refused_unless_resumed(tmp_path: Path) -> None:
+    metrics.open_run(tmp_path, Config(), env={}, resume=True)  # nothing there yet: a first start
+    metrics.open_run(tmp_path, Config(), env={}, resume=False)  # and still nothing
+    metrics.write_record(tmp_path, 0, {"loss": 1.0})
+    with pytest.raises(ValueError, match="--resume"):
+        metrics.open_run(tmp_path, Config(), env={}, resume=False)
+    metrics.open_run(tmp_path, Config(), env={}, resume=True)
+    assert metrics.read_records(tmp_path) == [{"step": 0, "loss": 1.0}]
+    (tmp_path / "other" / "state").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--resume"):
+        metrics.open_run(tmp_path / "other", Config(), env={}, resume=False)
+
+
+def test_changed_arguments_are_kept_in_order(tmp_path: Path) -> None:
+    metrics.open_run(tmp_path, Config(), env={}, resume=False)
+    metrics.write_record(tmp_path, 0, {})
+    metrics.open_run(tmp_path, Config(steps=5), env={}, resume=True)
+    metrics.open_run(tmp_path, Config(steps=5), env={}, resume=True)
+    metrics.open_run(tmp_path, Config(steps=5, betas=(0.9, 0.9)), env={}, resume=True)
+    assert read(tmp_path / "args.json")["steps"] == 5
+    changes = [{"steps": [3, 5]}, {"betas": [[0.9, 0.95], [0.9, 0.9]]}]
+    assert read(tmp_path / "env.json")["changes"] == changes
+
+
+def test_truncate_forgets_from_a_step_on(tmp_path: Path) -> None:
+    for step in range(5):
+        metrics.write_record(tmp_path, step, {"x": step / 3, "note": "é"})
+        metrics.write_rollouts(tmp_path, step, [{"text": f"{step}"}])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "x"')  # cut by a crash
+    before = metrics.read_records(tmp_path)
+    assert [record["step"] for record in before] == [0, 1, 2, 3, 4]
+    metrics.truncate(tmp_path, 3)
+    metrics.write_record(tmp_path, 3, {"x": 9})
+    assert metrics.read_records(tmp_path) == [*before[:3], {"step": 3, "x": 9}]
+    names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert names == ["000000.jsonl.gz", "000001.jsonl.gz", "000002.jsonl.gz"]
+    metrics.truncate(tmp_path, 0)
+    assert metrics.read_records(tmp_path) == [] and not list((tmp_path / "rollouts").iterdir())
+    metrics.truncate(tmp_path / "new", 0)  # a run that has nothing yet
+
+
+def test_a_broken_line_inside_is_an_error_with_its_number(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not JSON"):
+        metrics.read_records(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, torch.tensor(1.0), [1.0]])
+def test_only_finite_numbers_and_text_are_recorded(tmp_path: Path, bad: object) -> None:
+    with pytest.raises(ValueError, match="reward: expected"):
+        metrics.write_record(tmp_path, 3, {"loss": 1.0, "reward": bad})
+    assert metrics.read_records(tmp_path) == []
+
+
+def test_numbers_come_back_exactly(tmp_path: Path) -> None:
+    values = {"a": 0.1 + 0.2, "b": 1e-300, "c": 2**60, "d": None, "e": True, "f": "é"}
+    metrics.write_record(tmp_path, 7, values)
+    assert metrics.read_records(tmp_path) == [{"step": 7, **values}]
+
+
+def test_rollouts_round_trip_and_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
+    rows = [{"prompt": "a\nb", "reward": 0.5, "parts": {"exact": 1.0}}, {"prompt": "é", "reward": 0.0}]
+    metrics.write_rollouts(tmp_path, 12, rows)
+    assert metrics.read_rollouts(tmp_path, 12) == rows
+    path = tmp_path / "rollouts" / "000012.jsonl.gz"
+    first = path.read_bytes()
+    assert gzip.decompress(first).decode().count("\n") == 2
+    metrics.write_rollouts(tmp_path, 12, rows)
+    assert path.read_bytes() == first
+    for bad in (math.nan, {1, 2}):
+        with pytest.raises(ValueError, match="rows: step 12"):
+            metrics.write_rollouts(tmp_path, 12, [{"x": bad}])
+    assert path.read_bytes() == first
+
+
+def test_lines_align_whatever_the_numbers() -> None:
+    rows = [
+        {"reward": 0.5, "kl": 0.0, "tokens": 12, "lr": 1e-4},
+        {"reward": -123456.789, "kl": 1.23456e-9, "tokens": 1234567, "lr": 0.1},
+        {"reward": -1.23456e-10, "kl": 3.0, "tokens": 0, "lr": 12345.678},
+    ]
+    lines = [metrics.format_line(step, 1000, row) for step, row in zip((0, 99, 999), rows, strict=True)]
+    for name in ("/1000", "reward", "kl", "tokens", "lr"):
+        assert len({line.index(name) for line in lines}) == 1
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].startswith("   1/1000") and lines[2].startswith("1000/1000")
+    assert "-1.23e+05" in lines[1] and "1.235e-09" in lines[1] and "1234567" in lines[1]
+
+
+def test_the_docstring_tells_the_truth() -> None:
+    assert doctest.testmod(metrics).failed == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "speaks"), [(io.StringIO, False), (Terminal, True)])
+def test_progress_speaks_to_terminals_only(
+    stream: type[io.StringIO], speaks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = stream()
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert list(metrics.progress(iter("abc"), desc="rollout", total=3)) == ["a", "b", "c"]
+    assert ("rollout" in screen.getvalue()) == speaks
