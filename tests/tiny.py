@@ -21,14 +21,18 @@ TINY = LlamaConfig(
 )
 
 
-def tiny_folder(folder: Path, *, dtype: torch.dtype = torch.float64, stop_ids: tuple[int, ...] = (1,), **changes) -> Path:
+def tiny_folder(
+    folder: Path, *, dtype: torch.dtype = torch.float64, stop_ids: tuple[int, ...] = (1,), **changes
+) -> Path:
     """A folder with the config alone, `changes` put into TINY."""
     folder.mkdir(parents=True, exist_ok=True)
     write_config(dataclasses.replace(TINY, **changes), folder, dtype=dtype, stop_ids=stop_ids)
     return folder
 
 
-def tiny_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 12.0, **changes) -> Llama:
+def tiny_model(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 12.0, **changes
+) -> Llama:
     """Random weights, `scale` times the usual ones, so that distributions are far from uniform."""
     model = random_model(tiny_folder(folder, dtype=dtype, **changes), seed=seed, dtype=dtype)
     with torch.no_grad():

@@ -1,11 +1,11 @@
-"""The Llama decoder on one page: RMSNorm, RoPE, grouped-query attention, SwiGLU, and the KV cache of the sampler.
+"""The Llama decoder on one page: RMSNorm, RoPE, grouped-query attention, SwiGLU, and the sampler's KV cache.
 
-Module names are the tensor names of the hub's files, so `load_state_dict` is the whole converter. Letters: B sequences,
-T positions, V vocabulary, D width, H query heads, K key/value heads, G = H / K query heads that share one key/value head,
-E head width, S keys that a query may look at.
+Module names are the tensor names of the hub's files, so `load_state_dict` is the whole converter. Letters: B
+sequences, T positions, V vocabulary, D width, H query heads, K key/value heads, E head width, S keys that a
+query may look at; H / K query heads share one key/value head.
 
-References: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Ainslie et al. 2023 (grouped queries), Shazeer 2020 (SwiGLU),
-Zhang and Sennrich 2019 (RMSNorm).
+References: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Ainslie et al. 2023 (grouped queries), Shazeer
+2020 (SwiGLU), Zhang and Sennrich 2019 (RMSNorm).
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanopost.losses.likelihood import token_logps
+
+Pair = tuple[Tensor, Tensor]  # keys and values, or cosines and sines
+Where = Tensor | None  # positions or segments, (B, T); None: one sequence a row
+Store = Callable[[Tensor, Tensor], Pair]  # puts keys and values into a cache, gives back all there are
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,9 @@ class LlamaConfig:
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads % kv_heads:
-            raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}")
+        heads, few = self.num_attention_heads, self.num_key_value_heads
+        if heads % few:
+            raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={few}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
 
@@ -51,15 +55,15 @@ class LlamaConfig:
 class KVCache:
     """The keys and values of every layer, (layers, rows, K, length, E); a row is one growing sequence.
 
-    Positions say everything: a token at position p writes column p and reads columns 0…p. So a row needs no length of its
-    own, and what right padding leaves behind a prompt's end is overwritten before anything reads it.
+    A token at position p writes column p and reads columns 0…p. So a row needs no length of its own, and what
+    right padding leaves behind a prompt's end is overwritten before anything reads it.
     """
 
     def __init__(self, config: LlamaConfig, rows: int, length: int, like: Tensor):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
 
-    def write(self, layer: int, position_ids: Tensor, frontier: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, position_ids: Tensor, frontier: int, k: Tensor, v: Tensor) -> Pair:
         """Store k, v (B, K, T, E) at `position_ids` (B, T); give back the columns below `frontier`."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.k[layer][rows, :, position_ids] = k.transpose(1, 2)
@@ -77,10 +81,6 @@ class KVCache:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
-Rope = tuple[Tensor, Tensor]
-Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
 class RMSNorm(nn.Module):
     """x / √(mean x² + ε) · weight; the mean in float32 (or wider), the product in the weight's dtype."""
 
@@ -95,13 +95,14 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * scale).to(x.dtype)
 
 
-def rope_tables(config: LlamaConfig, position_ids: Tensor, frontier: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin of p · θ^(−2i/E) for the positions p < frontier, each (B, 1, T, E): the E/2 angles twice, side by side.
+def rope_tables(config: LlamaConfig, position_ids: Tensor, frontier: int, dtype: torch.dtype) -> Pair:
+    """cos, sin of p · θ^(−2i/E) at `position_ids`, all < frontier: each (B, 1, T, E), the E/2 angles twice.
 
     The angles are made in float64, so that position 100,000 is as exact as position 1.
     """
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=position_ids.device) / config.head_dim
-    angles = torch.arange(frontier, device=position_ids.device)[:, None] * config.rope_theta**-steps
+    device = position_ids.device
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
+    angles = torch.arange(frontier, device=device)[:, None] * config.rope_theta**-exponents
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype)[position_ids][:, None], angles.sin().to(dtype)[position_ids][:, None]
 
@@ -119,13 +120,15 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.grouped = config.num_attention_heads > config.num_key_value_heads
-        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        width, kv_width = (
+            n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, store: Store | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Pair, mask: Tensor | None, store: Store | None) -> Tensor:
         B, T, _ = x.shape
         q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), *rope)  # (B, H, T, E)
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), *rope)  # (B, K, T, E)
@@ -159,7 +162,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, store: Store | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Pair, mask: Tensor | None, store: Store | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, store)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -174,25 +177,22 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        frontier = int(position_ids.max()) + 1
+    def forward(self, input_ids: Tensor, positions: Where, segments: Where, cache: KVCache | None) -> Tensor:
         x = self.embed_tokens(input_ids)
+        position_ids = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
+        frontier = int(position_ids.max()) + 1
         rope = rope_tables(self.config, position_ids, frontier, x.dtype)
-        mask = attention_mask(position_ids, segment_ids, frontier if cache is not None else None)
+        mask = attention_mask(position_ids, segments, frontier if cache is not None else None)
         for i, layer in enumerate(self.layers):
             store = None if cache is None else partial(cache.write, i, position_ids, frontier)
             x = layer(x, rope, mask, store)
         return self.norm(x)
 
 
-def attention_mask(position_ids: Tensor, segment_ids: Tensor | None, frontier: int | None) -> Tensor | None:
-    """(B, 1, T, S), true where a query may look; None is plain causal, which right padding needs no help with.
+def attention_mask(position_ids: Tensor, segment_ids: Where, frontier: int | None) -> Tensor | None:
+    """(B, 1, T, S), true where a query may look; None is plain causal, all that right padding needs.
 
-    With a cache (frontier given) column s holds position s: look at s ≤ p. With packed rows look back within the own segment only.
+    With a cache (frontier given) column s holds position s: look at s ≤ p. Packed: within the own segment.
     """
     if frontier is not None:
         return torch.arange(frontier, device=position_ids.device) <= position_ids[:, None, :, None]
@@ -216,15 +216,15 @@ class Llama(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
+        position_ids: Where = None,
+        segment_ids: Where = None,
         cache: KVCache | None = None,
         last: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V); with `last` (B,), one position a row, only those: (B, V).
 
-        Without a cache, row b is a sequence (right-padded, or packed: then `position_ids` restart and `segment_ids` name
-        the sample each token belongs to). With a cache, `position_ids` (B, T) say where the tokens stand in their rows.
+        Without a cache, row b is a sequence (right-padded, or packed: then `position_ids` restart and
+        `segment_ids` name each token's sample). With one, `position_ids` say where the tokens stand.
         """
         hidden = self.model(input_ids, position_ids, segment_ids, cache)
         if last is not None:
@@ -239,10 +239,10 @@ class Llama(nn.Module):
         *,
         top_k: int = 0,
         top_p: float = 1.0,
-        position_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
+        position_ids: Where = None,
+        segment_ids: Where = None,
     ) -> Tensor:
-        """log π(target_ids[b, t] | input_ids[b, :t+1]), (B, T), in nats: no shift here, `collate` made the one shift.
+        """log π(target_ids[b, t] | input_ids[b, :t+1]), (B, T), in nats; `collate` has made the one shift.
 
         π is the distribution a sampler draws from at this temperature and truncation.
         """

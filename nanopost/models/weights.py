@@ -1,7 +1,9 @@
-"""A hub-format folder in and out: `config.json` and `model.safetensors` (one file, or shards with their index).
+"""A hub-format folder in and out: `config.json` and `model.safetensors` (one file, or shards with their
+index).
 
-Because the module names of `llama.py` are the hub's tensor names, reading is `load_state_dict` and writing is `state_dict`;
-what stands here is the checking: a folder we cannot read exactly is refused by name, never read approximately.
+Because the module names of `llama.py` are the hub's tensor names, reading is `load_state_dict` and writing
+is `state_dict`; what stands here is the checking: a folder we cannot read exactly is refused by name, never
+read approximately.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from torch import Tensor
 from nanopost.models.llama import Llama, LlamaConfig
 
 REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
 )  # fmt: skip
 TIED = "lm_head.weight"
 
@@ -41,7 +44,8 @@ def load_config(folder: str | Path) -> LlamaConfig:
     """Read `config.json` of a Llama-family folder.
 
     Raises:
-        ValueError: another architecture, activation, rope scaling or bias than Llama's plain ones, or a missing key: by name.
+        ValueError: another architecture, activation, rope scaling or bias than Llama's plain ones, or a
+            missing key: by name.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
@@ -58,7 +62,9 @@ def load_config(folder: str | Path) -> LlamaConfig:
         if value != expected:
             raise ValueError(f"{path}: {name} is {value!r}; nanopost reads {expected!r} only")
     if "rope_theta" in rope and rope["rope_theta"] != theta:
-        raise ValueError(f"{path}: rope_theta is {theta} at the top and {rope['rope_theta']} in the rope parameters")
+        raise ValueError(
+            f"{path}: rope_theta is {theta} at the top and {rope['rope_theta']} in the rope parameters"
+        )
     if missing := [key for key in REQUIRED if raw.get(key) is None]:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
     heads = raw["num_attention_heads"]
@@ -75,8 +81,12 @@ def load_config(folder: str | Path) -> LlamaConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def write_config(config: LlamaConfig, folder: str | Path, *, dtype: torch.dtype, stop_ids: tuple[int, ...]) -> None:
-    """Write `config.json` in both spellings that readers know (rope_theta/torch_dtype, rope_parameters/dtype)."""
+def write_config(
+    config: LlamaConfig, folder: str | Path, *, dtype: torch.dtype, stop_ids: tuple[int, ...]
+) -> None:
+    """Write `config.json` in both spellings that readers know (rope_theta/torch_dtype,
+    rope_parameters/dtype).
+    """
     name = str(dtype).removeprefix("torch.")
     raw = {
         "architectures": ["LlamaForCausalLM"],
@@ -113,8 +123,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Lla
     """Read a Llama-family folder into a `Llama`, cast to `dtype`.
 
     Raises:
-        ValueError: an unreadable file, a tensor twice, missing, unknown or of another shape than the config says; tied
-            embeddings with a head of its own in the file that differs.
+        ValueError: an unreadable file, a tensor twice, missing, unknown or of another shape than the config
+            says; tied embeddings with a head of its own in the file that differs.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -129,8 +139,11 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Lla
         tensors |= shard
     embedding = tensors.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and embedding is not None:
-        if not torch.equal(tensors.setdefault(TIED, embedding), embedding):
-            raise ValueError(f"{folder}: config.json ties the head to the embedding, but {TIED} in the file differs from it")
+        tied = torch.equal(tensors.setdefault(TIED, embedding), embedding)
+        if not tied:
+            raise ValueError(
+                f"{folder}: config.json ties the head to the embedding, but {TIED} differs from it"
+            )
     with torch.device("meta"):
         model = Llama(config)
     wanted = model.state_dict()
@@ -140,7 +153,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Lla
         raise ValueError(f"{folder}: unknown tensor {unknown[0]} ({len(unknown)} in all)")
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{folder}: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(wanted[name].shape)}")
+            shapes = f"{tuple(tensor.shape)}, config.json says {tuple(wanted[name].shape)}"
+            raise ValueError(f"{folder}: {name} has shape {shapes}")
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -151,7 +165,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Lla
 def random_model(folder: str | Path, *, seed: int, dtype: torch.dtype = torch.float32) -> Llama:
     """A `Llama` of the folder's `config.json` with seeded random weights.
 
-    N(0, 0.02²); the projections into the residual stream divided by √(2 · layers) (Radford et al. 2019, §2.3); norms 1.
+    N(0, 0.02²); the projections into the residual stream divided by √(2 · layers) (Radford et al. 2019,
+    §2.3); norms 1.
     """
     config = load_config(folder)
     model, generator = Llama(config).to(dtype), torch.Generator().manual_seed(seed)
@@ -160,7 +175,9 @@ def random_model(folder: str | Path, *, seed: int, dtype: torch.dtype = torch.fl
             parameter.fill_(1.0)
             continue
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        parameter.normal_(0.0, 0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02, generator=generator)
+        parameter.normal_(
+            0.0, 0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02, generator=generator
+        )
     return model
 
 
@@ -172,7 +189,8 @@ def save_model(
     stop_ids: tuple[int, ...],
     max_shard_bytes: int = 4 << 30,
 ) -> None:
-    """Write `config.json`, a `generation_config.json` where there is none yet, and the weights; a tied head is stored once.
+    """Write `config.json`, a `generation_config.json` where there is none yet, and the weights; a tied head
+    is stored once.
 
     Args:
         config: of the model.
@@ -183,11 +201,17 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().contiguous() for name, t in tensors.items() if not (config.tie_word_embeddings and name == TIED)}
+    tensors = {
+        name: t.detach().contiguous()
+        for name, t in tensors.items()
+        if not (config.tie_word_embeddings and name == TIED)
+    }
     write_config(config, folder, dtype=next(iter(tensors.values())).dtype, stop_ids=stop_ids)
     if not (folder / "generation_config.json").exists():
         generation = {"eos_token_id": list(stop_ids)}
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        (folder / "generation_config.json").write_text(
+            json.dumps(generation, indent=2) + "\n", encoding="utf-8"
+        )
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:

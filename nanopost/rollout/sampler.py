@@ -1,8 +1,9 @@
 """Batched sampling with a KV cache: ragged prompts, one prefill a prompt, slots that refill as rows finish.
 
-Randomness is an argument: row r takes its t-th draw from `uniforms[r, t]`, so a rollout is a pure function of weights,
-prompts and uniforms, whatever rows share its batch. The log-prob of a token is read from the very distribution it was drawn
-from (temperature, top-k, top-p), which is what `Llama.logps` scores with the same three arguments.
+Randomness is an argument: row r takes its t-th draw from `uniforms[r, t]`, so a rollout is a pure function
+of weights, prompts and uniforms, whatever rows share its batch. The log-prob of a token is read from the
+very distribution it was drawn from (temperature, top-k, top-p), which is what `Llama.logps` scores with the
+same three arguments.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def row_uniforms(*, seed: int, step: int, prompts: Sequence[int], group_size: in
     return torch.from_numpy(np.stack(draws))
 
 
-def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """One token a row by the inverse of the cumulative distribution: token, log-prob, entropy, each (B,).
 
     Temperature 0 is the arg max, a point mass: log-prob 0, entropy 0.
@@ -44,7 +47,9 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, to
     logps = support.log_softmax(-1)
     cumulative = logps.double().exp().cumsum(-1)
     target = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # first token with cumulative > target
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(
+        -1
+    )  # first token with cumulative > target
     return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1), entropy(support)
 
 
@@ -62,7 +67,8 @@ def sample(
     uniforms: Tensor,
     slots: int = 256,
 ) -> list[Rollout]:
-    """Sample `group_size` completions of every prompt; a completion ends with a stop id or at `max_new_tokens`.
+    """Sample `group_size` completions of every prompt; a completion ends with a stop id or at
+    `max_new_tokens`.
 
     Args:
         model: the policy; its weights must all be here (`distributed.gathered`).
@@ -109,7 +115,9 @@ def sample(
         busy = (live >= 0).nonzero().flatten()
         row = live[busy]
         step = lengths[row]
-        token, logp, spread = draw(logits[busy], uniforms[row, step], temperature=temperature, top_k=top_k, top_p=top_p)
+        token, logp, spread = draw(
+            logits[busy], uniforms[row, step], temperature=temperature, top_k=top_k, top_p=top_p
+        )
         tokens[row, step], old_logps[row, step], entropies[row, step] = token, logp, spread
         lengths[row] += 1
         done = torch.isin(token, stops) | (lengths[row] == max_new_tokens)
@@ -135,11 +143,18 @@ def sample(
 
 
 def admit(
-    model: Llama, prompts: Sequence[Sequence[int]], wanted: list[int], cache: KVCache, slots: Tensor, prefixes: Prefixes
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    wanted: list[int],
+    cache: KVCache,
+    slots: Tensor,
+    prefixes: Prefixes,
 ) -> Tensor:
-    """Prefill each prompt once, copy its keys and values into its slots, return the logits at its end, (B, V).
+    """Prefill each prompt once, copy its keys and values into its slots, return the logits at its end, (B,
+    V).
 
-    `wanted[i]` is the prompt of `slots[i]`. Rows come in prompt order, so only the last prompt can have samples still
+    `wanted[i]` is the prompt of `slots[i]`. Rows come in prompt order, so only the last prompt can have
+    samples still
     waiting: `prefixes` keeps that one for the next call.
     """
     missing = [prompt for prompt in dict.fromkeys(wanted) if prompt not in prefixes]
@@ -183,10 +198,8 @@ def check_arguments(
     longest = model.config.max_position_embeddings - max_new_tokens
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= longest:
-            raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} it must have 1 to {longest}"
-            )
-    if uniforms.shape != (len(prompts) * group_size, max_new_tokens):
-        raise ValueError(
-            f"uniforms has shape {tuple(uniforms.shape)}, expected {(len(prompts) * group_size, max_new_tokens)}"
-        )
+            limit = f"with max_new_tokens={max_new_tokens} it must have 1 to {longest}"
+            raise ValueError(f"prompts[{i}] has {len(prompt)} tokens; {limit}")
+    expected = (len(prompts) * group_size, max_new_tokens)
+    if uniforms.shape != expected:
+        raise ValueError(f"uniforms has shape {tuple(uniforms.shape)}, expected {expected}")

@@ -20,7 +20,10 @@ class Rollout:
     entropies: Tensor  # (len(completion_ids),) nats, of that distribution at each step
     finish_reason: Literal["stop", "length"]
 
+    @property
     def sample(self) -> Sample:
         """The training sample: every token the policy chose is trained on, the prompt is not."""
         prompt, completion = len(self.prompt_ids), len(self.completion_ids)
-        return Sample(ids=self.prompt_ids + self.completion_ids, mask=(False,) * prompt + (True,) * completion)
+        return Sample(
+            ids=self.prompt_ids + self.completion_ids, mask=(False,) * prompt + (True,) * completion
+        )

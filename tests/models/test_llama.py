@@ -51,7 +51,8 @@ def scalar_logits(model: Llama, ids: list[int]) -> list[list[float]]:
             mixed = []
             for h in range(c.num_attention_heads):
                 scores = [
-                    math.fsum(a * b for a, b in zip(q[t][h], k[s][h // share], strict=True)) / math.sqrt(c.head_dim)
+                    math.fsum(a * b for a, b in zip(q[t][h], k[s][h // share], strict=True))
+                    / math.sqrt(c.head_dim)
                     for s in range(t + 1)
                 ]
                 weights = [math.exp(score - max(scores)) for score in scores]
@@ -60,7 +61,9 @@ def scalar_logits(model: Llama, ids: list[int]) -> list[list[float]]:
                     math.fsum(weight * v[s][h // share][e] for s, weight in enumerate(weights)) / total
                     for e in range(c.head_dim)
                 ]
-            stream[t] = [a + b for a, b in zip(stream[t], matvec(w[p + "self_attn.o_proj.weight"], mixed), strict=True)]
+            stream[t] = [
+                a + b for a, b in zip(stream[t], matvec(w[p + "self_attn.o_proj.weight"], mixed), strict=True)
+            ]
         for t, x in enumerate(stream):
             y = norm(x, w[p + "post_attention_layernorm.weight"])
             gate, up = matvec(w[p + "mlp.gate_proj.weight"], y), matvec(w[p + "mlp.up_proj.weight"], y)
@@ -78,7 +81,10 @@ def test_logits_equal_the_scalar_decoder(tmp_path, tied):
                 parameter.copy_(torch.linspace(0.5, 1.5, len(parameter)))
     ids = [3, 17, 0, 22, 9, 9, 4]
     torch.testing.assert_close(
-        model(torch.tensor([ids]))[0], torch.tensor(scalar_logits(model, ids), dtype=torch.float64), rtol=1e-10, atol=1e-10
+        model(torch.tensor([ids]))[0],
+        torch.tensor(scalar_logits(model, ids), dtype=torch.float64),
+        rtol=1e-10,
+        atol=1e-10,
     )
 
 
@@ -120,8 +126,12 @@ def test_packing_leaks_no_gradient_into_another_sample(tmp_path):
     model, samples = tiny_model(tmp_path), ragged(random.Random(1), [5, 6])
     batch = collate(samples, pack_length=16)
     embedded = []
-    model.model.embed_tokens.register_forward_hook(lambda *args: embedded.append(args[-1]) or args[-1].retain_grad())
-    logps = model.logps(batch.input_ids, batch.target_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
+    model.model.embed_tokens.register_forward_hook(
+        lambda *args: embedded.append(args[-1]) or args[-1].retain_grad()
+    )
+    logps = model.logps(
+        batch.input_ids, batch.target_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids
+    )
     logps[batch.segment_ids == 2].sum().backward()
     gradient = embedded[0].grad.abs().sum(-1)
     assert (gradient[batch.segment_ids == 1] == 0).all()
@@ -151,7 +161,9 @@ def test_rope_sees_relative_positions_only(tmp_path):
 def test_last_picks_one_position_a_row(tmp_path):
     model, ids = tiny_model(tmp_path), torch.randint(0, 23, (3, 5))
     last = torch.tensor([4, 0, 2])
-    torch.testing.assert_close(model(ids, last=last), model(ids)[torch.arange(3), last], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        model(ids, last=last), model(ids)[torch.arange(3), last], rtol=1e-12, atol=1e-12
+    )
 
 
 def test_logps_have_the_temperature_of_the_sampler(tmp_path):

@@ -16,7 +16,9 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 @pytest.mark.parametrize("max_shard_bytes", [1 << 30, 6000])
 def test_saved_folder_loads_with_equal_logits(tmp_path, tied, max_shard_bytes):
     model = tiny_model(tmp_path / "a", tie_word_embeddings=tied)
-    save_model(model.config, model.state_dict(), tmp_path / "b", stop_ids=(1, 2), max_shard_bytes=max_shard_bytes)
+    save_model(
+        model.config, model.state_dict(), tmp_path / "b", stop_ids=(1, 2), max_shard_bytes=max_shard_bytes
+    )
     files = sorted((tmp_path / "b").glob("*.safetensors"))
     assert (len(files) == 1) == (max_shard_bytes == 1 << 30)
     stored = [name for file in files for name in load_file(file)]
@@ -41,7 +43,9 @@ def test_random_weights_are_a_function_of_the_seed(tmp_path):
     assert torch.equal(a, b) and not torch.equal(a, c)
     model = random_model(tiny_folder(tmp_path, hidden_size=512), seed=0)
     assert model.model.embed_tokens.weight.detach().std() == pytest.approx(0.02, rel=0.05)
-    assert model.model.layers[0].mlp.down_proj.weight.detach().std() == pytest.approx(0.02 / 2, rel=0.05)  # √(2 · 2 layers)
+    assert model.model.layers[0].mlp.down_proj.weight.detach().std() == pytest.approx(
+        0.02 / 2, rel=0.05
+    )  # √(2 · 2 layers)
     assert (model.model.norm.weight == 1).all()
 
 
@@ -99,7 +103,9 @@ def test_a_head_that_contradicts_tied_embeddings_is_refused(tmp_path):
     model = tiny_model(tmp_path, tie_word_embeddings=True)
     save_model(model.config, model.state_dict(), tmp_path, stop_ids=(1,))
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(ValueError, match="ties the head to the embedding"):
         load_model(tmp_path)
 

@@ -39,7 +39,7 @@ def rollouts(model, prompts=PROMPTS, *, group_size=3, max_new_tokens=9, keys=Non
 
 def scored(model, samples, **scope):
     """The trainer's log-probs of the sampled tokens, and the sampler's."""
-    batch = collate([rollout.sample() for rollout in samples])
+    batch = collate([rollout.sample for rollout in samples])
     logps = model.logps(batch.input_ids, batch.target_ids, **scope)
     old_logps = spread([rollout.old_logps for rollout in samples], batch.completion_mask)
     return logps[batch.completion_mask], old_logps[batch.completion_mask]
@@ -67,7 +67,9 @@ def test_trainer_and_sampler_agree_to_1e_5_in_float32(tmp_path, temperature, sco
     torch.testing.assert_close(logps, old_logps, rtol=0, atol=1e-5)
 
 
-@given(order=st.permutations(range(4)), slots=st.integers(1, 12), temperature=st.sampled_from([0.0, 0.7, 1.3]))
+@given(
+    order=st.permutations(range(4)), slots=st.integers(1, 12), temperature=st.sampled_from([0.0, 0.7, 1.3])
+)
 def test_a_row_alone_equals_the_row_in_any_batch_and_any_number_of_slots(
     tmp_path_factory, order, slots, temperature
 ):
@@ -104,12 +106,14 @@ def test_every_stop_id_ends_a_row_is_kept_and_is_trained_on(model):
         assert not set(rollout.completion_ids[:-1]) & set(stop_ids)
         assert (rollout.completion_ids[-1] in stop_ids) == (rollout.finish_reason == "stop")
         assert rollout.finish_reason == "stop" or len(rollout.completion_ids) == 30
-        assert rollout.sample().mask[-1] is True
-        assert sum(rollout.sample().mask) == len(rollout.completion_ids) == len(rollout.old_logps)
+        assert rollout.sample.mask[-1] is True
+        assert sum(rollout.sample.mask) == len(rollout.completion_ids) == len(rollout.old_logps)
 
 
 def test_a_row_without_a_stop_is_cut_at_the_length(model):
-    assert {r.finish_reason for r in rollouts(model, stop_ids=(22,), max_new_tokens=1, temperature=0.0)} == {"length"}
+    assert {r.finish_reason for r in rollouts(model, stop_ids=(22,), max_new_tokens=1, temperature=0.0)} == {
+        "length"
+    }
 
 
 def test_one_prefill_a_prompt_and_finished_rows_give_up_their_slots(model, monkeypatch):
@@ -117,7 +121,9 @@ def test_one_prefill_a_prompt_and_finished_rows_give_up_their_slots(model, monke
 
     def spy(input_ids, position_ids, cache=None, last=None):
         if last is not None:
-            prefilled.extend(tuple(row[: n + 1].tolist()) for row, n in zip(input_ids, last.tolist(), strict=True))
+            prefilled.extend(
+                tuple(row[: n + 1].tolist()) for row, n in zip(input_ids, last.tolist(), strict=True)
+            )
         else:
             widths.append(len(input_ids))
         return forward(input_ids, position_ids, cache=cache, last=last)
@@ -126,7 +132,9 @@ def test_one_prefill_a_prompt_and_finished_rows_give_up_their_slots(model, monke
     samples = rollouts(model, group_size=8, max_new_tokens=20, temperature=1.5, slots=5)
     assert sorted(prefilled) == sorted(map(tuple, PROMPTS))  # though a group of 8 never fits the 5 slots
     longest_first = sum(sorted((len(r.completion_ids) for r in samples), reverse=True)[::5])
-    assert max(widths) == 5 and len(widths) < longest_first  # static batches of 5 could not do with fewer steps
+    assert (
+        max(widths) == 5 and len(widths) < longest_first
+    )  # static batches of 5 could not do with fewer steps
 
 
 def test_draws_follow_the_distribution(model):

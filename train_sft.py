@@ -1,0 +1,182 @@
+"""Supervised fine-tuning: imitate the assistant's tokens, and nothing else.
+
+    L(θ) = −(1/N) Σ_b Σ_t m_bt log π_θ(y_bt | x_b, y_b,<t),   N = Σ m over the whole optimiser step  (F1, F3)
+
+m is 1 on the tokens an assistant has to emit, stop token included, and 0 on prompts, tool results and padding.
+A record of plain text has no prompt: every token is trained on, so this script pre-trains too.
+
+    python train_sft.py --model DIR --data chats.jsonl --out runs/sft
+    torchrun --nproc-per-node 8 train_sft.py --model DIR --data chats.jsonl --out runs/sft
+
+DIR is a folder in hub format (config.json, model.safetensors, tokenizer, chat template); so is runs/sft/model
+in the end. Delta to InstructGPT (Ouyang et al. 2022, §3.5): the loss is a mean over tokens, not over
+conversations, and N counts all micro-batches and ranks, so neither can change the gradient.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanopost import checkpoint, config, distributed, metrics, optim
+from nanopost.data.chat import copy_chat, load_chat, record_samples
+from nanopost.data.collate import collate
+from nanopost.data.order import step_indices
+from nanopost.data.schema import Sample, read_jsonl
+from nanopost.losses import aggregate, sft_loss
+from nanopost.models.weights import load_model, random_model, save_model
+
+
+# ---- 1 Configuration ---------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    model: Path  # folder in hub format to start from
+    data: Path  # JSONL: messages, prompt + completion, question + answer, or text
+    out: Path = Path("runs/sft")  # run folder: metrics, states, model
+    eval_data: Path | None = None  # JSONL of held-out records, for the evaluation loss
+    from_scratch: bool = False  # random weights of DIR's config.json instead of its model.safetensors
+    epochs: float = 1.0  # passes over the data
+    steps: int = 0  # optimiser steps; above 0 it overrides epochs
+    batch_size: int = 32  # samples an optimiser step, over all ranks
+    micro_batch: int = 32  # samples a forward pass, on one rank
+    max_length: int = 0  # longer samples are left out and counted; 0: the model's context
+    pack: bool = False  # several samples a row of max_length tokens instead of padding
+    lr: float = 1e-4  # peak learning rate
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # decay after the warm-up
+    warmup: int = 10  # steps of linear warm-up
+    final_lr: float = 0.1  # where the decay ends, as a share of lr
+    weight_decay: float = 0.0  # on matrices only
+    beta1: float = 0.9  # AdamW, first moment
+    beta2: float = 0.95  # AdamW, second moment
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    eval_every: int = 100  # steps between evaluations
+    save_every: int = 0  # steps between states to resume from; 0: only at the end
+    resume: bool = False  # go on from the newest state in OUT
+    seed: int = 0  # order of the data, and random weights
+    threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
+
+
+def main(cfg: Config) -> None:
+    # ---- 2 Process group, seeds, run directory -------------------------------------------------------------
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    distributed.setup()
+    device, ranks = distributed.device(), distributed.world_size()
+    if cfg.batch_size < 1 or cfg.batch_size % ranks:
+        raise ValueError(
+            f"batch_size={cfg.batch_size} must be a positive multiple of the number of ranks ({ranks})"
+        )
+    chat = load_chat(cfg.model)
+    run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
+
+    # ---- 3 Task and data -----------------------------------------------------------------------------------
+    def samples_of(path: Path, longest: int) -> list[Sample]:
+        every = [(record, sample) for record in read_jsonl(path) for sample in record_samples(chat, record)]
+        kept = [sample for _, sample in every if len(sample.ids) <= longest + 1]
+        if len(kept) < len(every):
+            record, sample = next(pair for pair in every if len(pair[1].ids) > longest + 1)
+            where = f"first: {record.file}:{record.line}, {len(sample.ids)} tokens"
+            distributed.main_print(
+                f"left out {len(every) - len(kept)} of {len(every)} samples over {longest} tokens ({where})"
+            )
+        if not kept:
+            raise ValueError(f"{path}: no sample of at most {longest} tokens")
+        return kept
+
+    # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
+    policy = (random_model(cfg.model, seed=cfg.seed) if cfg.from_scratch else load_model(cfg.model)).to(
+        device
+    )
+    policy = distributed.shard(policy)
+    optimizer = optim.adamw(policy, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2))
+    first = checkpoint.load_state(run, policy, optimizer) if cfg.resume else 0
+    metrics.truncate(run, first)
+    max_length = cfg.max_length or policy.config.max_position_embeddings
+    pack_length = max_length if cfg.pack else None
+    train = samples_of(cfg.data, max_length)
+    held_out = samples_of(cfg.eval_data, max_length) if cfg.eval_data else []
+
+    # ---- 5 Schedules ---------------------------------------------------------------------------------------
+    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
+
+    def learning_rate(step: int) -> float:
+        warmup = min(cfg.warmup, steps)
+        return cfg.lr * optim.schedule(
+            step, steps=steps, warmup=warmup, kind=cfg.schedule, final=cfg.final_lr
+        )
+
+    # ---- 6 Rollout -----------------------------------------------------------------------------------------
+    # None: the completions are the data's.
+
+    # ---- 7 Evaluation --------------------------------------------------------------------------------------
+    def micro_batches(samples: list[Sample]) -> list[list[Sample]]:
+        mine = distributed.shard_rows(samples)
+        return [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)]
+
+    def losses(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = collate(samples, pack_length=pack_length, device=device)
+        logps = policy.logps(
+            batch.input_ids, batch.target_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids
+        )
+        return sft_loss(logps), batch.completion_mask
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        """Mean loss per supervised token of the held-out records, in nats."""
+        total = count = 0.0
+        with distributed.gathered(policy):
+            for samples in metrics.progress(micro_batches(held_out), desc="evaluate"):
+                values, mask = losses(samples)
+                total += float(aggregate(values, mask, mode="token_mean", denom=1.0))
+                count += float(mask.sum())
+        total, count = distributed.all_sum([total, count])
+        return total / count
+
+    # ---- 8 The loop ----------------------------------------------------------------------------------------
+    distributed.main_print(
+        f"{len(train)} samples, {steps} steps of {cfg.batch_size}, template {chat.version}"
+    )
+    for step in range(first, steps):
+        start = time.perf_counter()
+        optim.set_lr(optimizer, learning_rate(step))
+        indices = step_indices(seed=cfg.seed, step=step, batch_size=cfg.batch_size, size=len(train))
+        samples = [train[i] for i in indices]
+        denom = float(sum(sum(sample.mask) for sample in samples))  # the whole step's, on every rank
+        loss = 0.0
+        for part in micro_batches(samples):
+            values, mask = losses(part)
+            part_loss = aggregate(values, mask, mode="token_mean", denom=denom)
+            part_loss.backward()
+            loss += float(part_loss.detach())
+        grad_norm = optim.clip_grad_norm(policy, cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - start
+        values_now = {
+            "loss": distributed.all_sum(loss),
+            "lr": learning_rate(step),
+            "grad_norm": grad_norm,
+            "tokens": int(denom),
+            "seconds": seconds,
+        }
+        if held_out and ((step + 1) % cfg.eval_every == 0 or step + 1 == steps):
+            values_now["eval_loss"] = evaluate()
+        metrics.write_record(run, step, values_now)
+        distributed.main_print(metrics.format_line(step, steps, values_now))
+        if step + 1 == steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+            checkpoint.save_state(run, step + 1, policy, optimizer)
+
+    # ---- 9 Teardown ----------------------------------------------------------------------------------------
+    weights = checkpoint.full_state(policy)  # every rank helps to gather
+    if distributed.is_main():
+        with checkpoint.atomic_folder(run / "model") as folder:
+            copy_chat(cfg.model, folder)
+            save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
+    distributed.main_print(f"model in {run / 'model'}")
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    main(config.parse(Config))
