@@ -165,8 +165,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Lla
 def random_model(folder: str | Path, *, seed: int, dtype: torch.dtype = torch.float32) -> Llama:
     """A `Llama` of the folder's `config.json` with seeded random weights.
 
-    N(0, 0.02²); the projections into the residual stream divided by √(2 · layers) (Radford et al. 2019,
-    §2.3); norms 1.
+    Embeddings N(0, 0.02²); other matrices N(0, 1/fan-in), so that narrow models start as lively as wide ones; the
+    projections into the residual stream divided by √(2 · layers) (Radford et al. 2019, §2.3); norms 1.
     """
     config = load_config(folder)
     model, generator = Llama(config).to(dtype), torch.Generator().manual_seed(seed)
@@ -174,10 +174,10 @@ def random_model(folder: str | Path, *, seed: int, dtype: torch.dtype = torch.fl
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        parameter.normal_(
-            0.0, 0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02, generator=generator
-        )
+        std = 0.02 if name == "model.embed_tokens.weight" else parameter.shape[1] ** -0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * config.num_hidden_layers)
+        parameter.normal_(0.0, std, generator=generator)
     return model
 
 

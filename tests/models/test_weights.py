@@ -43,8 +43,10 @@ def test_random_weights_are_a_function_of_the_seed(tmp_path):
     assert torch.equal(a, b) and not torch.equal(a, c)
     model = random_model(tiny_folder(tmp_path, hidden_size=512), seed=0)
     assert model.model.embed_tokens.weight.detach().std() == pytest.approx(0.02, rel=0.05)
-    assert model.model.layers[0].mlp.down_proj.weight.detach().std() == pytest.approx(
-        0.02 / 2, rel=0.05
+    layer = model.model.layers[0]
+    assert layer.mlp.up_proj.weight.detach().std() == pytest.approx(512**-0.5, rel=0.05)
+    assert layer.mlp.down_proj.weight.detach().std() == pytest.approx(
+        28**-0.5 / 2, rel=0.05
     )  # √(2 · 2 layers)
     assert (model.model.norm.weight == 1).all()
 

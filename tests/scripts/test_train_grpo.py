@@ -1,0 +1,157 @@
+"""train_grpo.py, run as a user runs it, on a policy that can be improved: it answers one of two digits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanopost import metrics
+from tests.ranks import run_script
+from tests.tiny import hub_folder
+
+TIMES = ("rollout_s", "verify_s", "train_s")
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> tuple[Path, Path]:
+    """A model that supervised fine-tuning has taught to say 3 or 7, at random, and prompts whose answer is 7."""
+    folder = tmp_path_factory.mktemp("grpo")
+    words = ["add", "one", "two", "to", "a", "hello"]
+    prompts = [{"role": "user", "content": f"{a} {b}"} for a in words for b in words]
+    chats = [
+        {"messages": [prompt, {"role": "assistant", "content": digit}]}
+        for prompt in prompts
+        for digit in "37"
+    ]
+    data = write_lines(folder / "sft.jsonl", chats)
+    command = ["train_sft.py", "--model", hub_folder(folder / "hub"), "--data", data, "--out", folder / "sft"]
+    flags = ["--steps", "60", "--batch-size", "24", "--lr", "1e-2", "--warmup", "5", "--threads", "1"]
+    run_script([*map(str, command), *flags], ranks=1)
+    tasks = [{"messages": [prompt], "answer": "7"} for prompt in prompts]
+    return folder / "sft/model", write_lines(folder / "rl.jsonl", tasks)
+
+
+def train(start: tuple[Path, Path], out: Path, *flags: str, ranks: int = 1) -> str:
+    model, data = start
+    fixed = ["--model", model, "--data", data, "--out", out, "--verifier", "math", "--max-new-tokens", "6"]
+    fixed += [
+        "--prompts-per-step",
+        "8",
+        "--group-size",
+        "4",
+        "--lr",
+        "3e-3",
+        "--threads",
+        "1",
+        "--steps",
+        "4",
+    ]
+    return run_script(["train_grpo.py", *map(str, fixed), *flags], ranks=ranks)
+
+
+def records(run: Path) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in metrics.read_records(run)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model/model.safetensors")
+
+
+def test_the_reward_rises_and_the_line_tells_why(start, tmp_path):
+    run = tmp_path / "run"
+    printed = train(start, run, "--steps", "40", "--eval-data", str(start[1]), "--eval-every", "40")
+    told = records(run)
+    assert 0.25 < told[0]["reward"] < 0.75 < 0.95 < told[-1]["reward"]
+    assert told[-1]["eval_reward"] == 1.0
+    assert abs(told[0]["loss"]) < 0.02 and told[0]["grad_norm"] > 0.01  # loss 0, gradient not
+    assert told[0]["kl_old"] == pytest.approx(0.0, abs=1e-9) and told[0]["kl_ref"] == pytest.approx(
+        0.0, abs=1e-9
+    )
+    assert told[-1]["kl_ref"] > 0.01 and told[-1]["no_signal"] > told[0]["no_signal"]
+    assert printed.count("loss is near 0, its gradient is not") == 1
+    shown = ("reward", "no_signal", "length", "clipped", "entropy", "kl_old", "kl_ref", *TIMES)
+    assert all(name in printed.splitlines()[2] for name in shown)
+    assert {path.name for path in run.iterdir()} >= {
+        "args.json",
+        "env.json",
+        "model",
+        "rollouts",
+        "report.html",
+    }
+
+
+def test_written_rollouts_are_whole_groups_whose_advantages_sum_to_zero(start, tmp_path):
+    train(start, tmp_path / "run", "--steps", "1")
+    rows = metrics.read_rollouts(tmp_path / "run", 0)
+    assert len(rows) == 32
+    for group in (rows[i : i + 4] for i in range(0, 32, 4)):
+        assert len({row["prompt"] for row in group}) == 1
+        assert sum(row["advantage"] for row in group) == pytest.approx(0.0, abs=1e-12)
+        for row in group:
+            assert len(row["tokens"]) == len(row["old_logps"]) > 0
+            assert row["score"] == pytest.approx(1.0 if row["completion"].strip() == "7" else 0.0)
+            assert (row["advantage"] > 0) <= (row["score"] > 0)
+
+
+@pytest.mark.parametrize("flags", [[], ["--minibatches", "2", "--beta", "0.1", "--baseline", "group_std"]])
+def test_resume_continues_bit_for_bit(start, tmp_path, flags):
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    for run in (straight, cut):
+        train(start, run, "--save-every", "2", "--rollouts-every", "1", *flags)
+    shutil.rmtree(cut / "state/step_000004")  # as if it had died after step 2
+    shutil.rmtree(cut / "model")
+    (cut / "rollouts/000003.jsonl.gz").write_bytes(b"torn")
+    train(start, cut, "--save-every", "2", "--rollouts-every", "1", "--resume", *flags)
+    assert records(cut) == records(straight)
+    assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in weights(cut).items())
+    assert metrics.read_rollouts(cut, 3) == metrics.read_rollouts(straight, 3)
+
+
+def test_micro_batches_and_ranks_change_nothing(start, tmp_path):
+    """Whole steps, sampling included: lengths differ between ranks, the step does not."""
+    flags = ["--temperature", "1.3", "--top-k", "20", "--beta", "0.05", "--kl", "k2"]
+    train(start, tmp_path / "one", *flags)
+    train(start, tmp_path / "micro", *flags, "--micro-batch", "5")
+    train(start, tmp_path / "slots", *flags, "--slots", "3")
+    train(start, tmp_path / "ranks", *flags, ranks=2)
+    reference = weights(tmp_path / "one")
+    for other in ("micro", "slots", "ranks"):
+        for a, b in zip(records(tmp_path / other), records(tmp_path / "one"), strict=True):
+            assert a == pytest.approx(b, abs=2e-5)
+        for name, tensor in weights(tmp_path / other).items():
+            torch.testing.assert_close(tensor, reference[name], rtol=0, atol=1e-4)
+
+
+def test_off_policy_minibatches_move_away_from_the_sampler(start, tmp_path):
+    train(start, tmp_path / "run", "--minibatches", "4", "--lr", "3e-2")
+    assert max(record["clipped"] for record in records(tmp_path / "run")) > 0
+    assert max(record["kl_old"] for record in records(tmp_path / "run")) > 1e-4
+
+
+def test_bad_input_is_named(start, tmp_path):
+    model, data = start
+    lines = data.read_text().splitlines()
+    lines[2] = json.dumps({"messages": [{"role": "user", "content": "add"}]})
+    data = tmp_path / "rl.jsonl"
+    data.write_text("\n".join(lines) + "\n")
+    with pytest.raises(AssertionError, match=r"rl\.jsonl:3: no answer to verify against"):
+        train((model, data), tmp_path / "run")
+    with pytest.raises(
+        AssertionError, match=r"prompts_per_step=8 must be a positive multiple of ranks × minibatches"
+    ):
+        train(start, tmp_path / "other", "--minibatches", "3")
+
+
+def test_gsm8k_as_it_is_published(shared, tmp_path):
+    folder = hub_folder(tmp_path / "hub", max_position_embeddings=2048)
+    flags = ["--verifier", "gsm8k", "--steps", "1", "--max-new-tokens", "8", "--prompts-per-step", "2"]
+    printed = train((folder, shared / "data/gsm8k/train.jsonl"), tmp_path / "run", *flags)
+    assert "7473 prompts" in printed and records(tmp_path / "run")[0]["reward"] == 0.0

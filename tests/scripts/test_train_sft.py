@@ -1,0 +1,127 @@
+"""train_sft.py, run as a user runs it: its own process, a real folder, a real file."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanopost import metrics
+from nanopost.data.chat import load_chat, prompt_ids
+from nanopost.data.schema import read_jsonl
+from nanopost.models.weights import load_model
+from tests.ranks import run_script
+from tests.tiny import hub_folder, write_chats
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> tuple[Path, Path]:
+    """A hub folder with random weights, and a file of 24 chats of ragged lengths."""
+    return hub_folder(tmp_path / "hub"), write_chats(tmp_path / "chats.jsonl", 24)
+
+
+def train(start: tuple[Path, Path], out: Path, *flags: str, ranks: int = 1) -> str:
+    model, data = start
+    fixed = [
+        "--model",
+        model,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--steps",
+        "6",
+        "--batch-size",
+        "8",
+        "--threads",
+        "1",
+    ]
+    return run_script(
+        ["train_sft.py", *map(str, fixed), "--lr", "1e-2", "--warmup", "2", *flags], ranks=ranks
+    )
+
+
+def records(run: Path) -> list[dict]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in metrics.read_records(run)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model/model.safetensors")
+
+
+def test_a_run_leaves_a_folder_that_loads_back(start, tmp_path):
+    run = tmp_path / "run"
+    printed = train(start, run, "--eval-data", str(start[1]), "--eval-every", "3")
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"args.json", "env.json", "metrics.jsonl", "model", "state", "report.html"}
+    assert json.loads((run / "args.json").read_text())["batch_size"] == 8
+    assert json.loads((run / "env.json").read_text())["template"] == load_chat(start[0]).version
+    told = records(run)
+    assert [record["step"] for record in told] == list(range(6)) and len(printed.splitlines()) == 9
+    assert told[-1]["eval_loss"] < told[2]["eval_loss"] < math.log(300)  # it learns
+    state = load_file(run / "state/step_000006/model.safetensors")
+    model, ids = load_model(run / "model"), torch.tensor([[3, 1, 4, 1, 5]])
+    trained = model(ids)
+    model.load_state_dict(state, strict=False)
+    assert torch.equal(trained, model(ids))  # the exported folder is the trained state
+    ours, theirs = load_chat(run / "model"), load_chat(start[0])
+    assert (ours.version, ours.stop_ids) == (theirs.version, theirs.stop_ids)
+
+
+def test_resume_continues_bit_for_bit(start, tmp_path):
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    train(start, straight, "--save-every", "3")
+    train(start, cut, "--save-every", "3")
+    shutil.rmtree(cut / "state/step_000006")  # as if it had died after step 3
+    shutil.rmtree(cut / "model")
+    with pytest.raises(AssertionError, match="pass --resume to go on"):
+        train(start, cut, "--save-every", "3")
+    train(start, cut, "--save-every", "3", "--resume")
+    assert records(cut) == records(straight)
+    assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in weights(cut).items())
+
+
+def test_micro_batches_packing_and_ranks_change_nothing(start, tmp_path):
+    train(start, tmp_path / "one")
+    train(start, tmp_path / "micro", "--micro-batch", "3")
+    train(start, tmp_path / "packed", "--pack", "--max-length", "200")
+    train(start, tmp_path / "ranks", "--micro-batch", "2", ranks=2)
+    reference, before = weights(tmp_path / "one"), load_file(start[0] / "model.safetensors")
+    assert all(
+        (reference[name] - before[name]).abs().max() > 1e-3 for name in before
+    )  # everything was trained
+    for other in ("micro", "packed", "ranks"):
+        for name, tensor in weights(tmp_path / other).items():
+            torch.testing.assert_close(
+                tensor, reference[name], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        for a, b in zip(records(tmp_path / other), records(tmp_path / "one"), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["tokens"] == b["tokens"]
+
+
+def test_too_long_samples_are_counted_not_lost_in_silence(start, tmp_path):
+    printed = train(start, tmp_path / "run", "--max-length", "40")
+    assert "left out" in printed and "chats.jsonl:" in printed
+    with pytest.raises(AssertionError, match="no sample of at most 3 tokens"):
+        train(start, tmp_path / "none", "--max-length", "3")
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(start, tmp_path):
+    with pytest.raises(
+        AssertionError, match="batch_size=7 must be a positive multiple of the number of ranks"
+    ):
+        train(start, tmp_path / "run", "--batch-size", "7", ranks=2)
+
+
+def test_gsm8k_as_it_is_published(shared, tmp_path):
+    folder = hub_folder(tmp_path / "hub", max_position_embeddings=2048)
+    data = shared / "data/gsm8k/train.jsonl"
+    printed = train((folder, data), tmp_path / "run", "--steps", "2")
+    assert "7473 samples" in printed
+    record, chat = read_jsonl(data)[0], load_chat(tmp_path / "run/model")
+    assert torch.isfinite(
+        load_model(tmp_path / "run/model")(torch.tensor([prompt_ids(chat, record.messages[:1])]))
+    ).all()

@@ -1,0 +1,79 @@
+"""The README's commands, extracted and run: a reader who types them gets what the README says."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import hub_folder, write_chats
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+]
+SCRIPTS = [line for line in SHELL if "train_" in line]
+SHORT = {"train_sft.py": "", "train_grpo.py": "--steps 1 --max-new-tokens 4 --prompts-per-step 2"}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A working folder with what the commands name: the scripts, a model DIR, chats.jsonl, gsm8k/train.jsonl."""
+    folder = tmp_path_factory.mktemp("readme")
+    for path in ROOT.glob("train_*.py"):
+        (folder / path.name).symlink_to(path)
+    hub_folder(folder / "DIR")
+    write_chats(folder / "chats.jsonl", 40)
+    (folder / "gsm8k").mkdir()
+    problem = {"question": "What is 2+2?", "answer": "2+2=4\n#### 4"}
+    (folder / "gsm8k/train.jsonl").write_text((json.dumps(problem) + "\n") * 4, encoding="utf-8")
+    return folder
+
+
+def test_the_scripts_commands_run_one_after_the_other(checkout):
+    assert len(SCRIPTS) >= 3
+    for line in SCRIPTS:
+        program, *words = shlex.split(line)
+        script = next(word for word in words if word.endswith(".py"))
+        run = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else [])]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*run, *words, *SHORT[script].split()], cwd=checkout, env=env, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+        out = words[words.index("--out") + 1]
+        assert (checkout / out / "model/model.safetensors").is_file(), line
+
+
+def test_make_targets_and_the_commands_by_hand_agree():
+    targets = [line.split()[1] for line in SHELL if line.startswith("make ")]
+    assert {"demo", "test"} <= set(targets)
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    by_hand = [line for line in SHELL if line.startswith(".venv/bin/")]
+    assert len(by_hand) >= 4
+    for line in by_hand:  # what is typed by hand is what make runs
+        words = line.replace(".venv/bin/pip", "pip").replace(".venv/bin/python", "python")
+        assert words.removeprefix("pip install ").removeprefix("python ").split("  ")[0] in makefile, line
+
+
+def test_the_python_block_prints_what_it_says(capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert [float(number) for number in re.findall(r"-?\d+\.\d+", printed)] == [0.75, -0.25, -0.25, -0.25]
+
+
+def test_every_link_leads_to_a_file():
+    for target in re.findall(r"\]\(([^)#]+)", README):
+        assert (ROOT / target).exists(), target
