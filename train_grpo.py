@@ -4,19 +4,20 @@
     ρ_t = exp(log π_θ(y_t) − log π_old(y_t))   ratio: one a token
     L   = (1/N) Σ_i Σ_t −min(ρ_t A_i, clip(ρ_t, 1−ε_low, 1+ε_high) A_i) + β·KL(π_θ ‖ π_ref)   (F27, F29, F30)
 
-π_old is the sampler, under the very distribution it sampled from; a verifier gives r. The field's variants are
-choices of four knobs: --baseline, --clip-low and --clip-high, --aggregation, --beta and --kl.
+π_old is the sampler, under the very distribution it sampled from; a verifier gives r. The variants of the
+field are choices of four knobs: --baseline, --clip-low and --clip-high, --aggregation, --beta and --kl.
 
     python train_grpo.py --model runs/sft/model --data gsm8k/train.jsonl --verifier gsm8k --out runs/grpo
     torchrun --nproc-per-node 8 train_grpo.py --model runs/sft/model --data gsm8k/train.jsonl --verifier gsm8k
 
 Delta to DeepSeekMath (Shao et al. 2024, eq. 3): by default no division by the group's standard deviation, a
-mean over all tokens of the step instead of one per answer, a wider upper clip (DAPO, Yu et al. 2025) and no KL
-term; --baseline group_std --aggregation sequence_mean --clip-high 0.2 --beta 0.04 gives theirs.
+mean over all tokens of the step instead of one per answer, a wider upper clip (DAPO, Yu et al. 2025) and no
+KL term; --baseline group_std --aggregation sequence_mean --clip-high 0.2 --beta 0.04 gives theirs.
 """
 
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ from nanopost.losses import (
     policy_ratio,
 )
 from nanopost.models.weights import load_model, save_model
+from nanopost.report import write_report
 from nanopost.rewards.math import gsm8k, math_reward
 from nanopost.rollout.sampler import row_uniforms, sample
 from nanopost.rollout.types import Rollout
@@ -240,7 +242,7 @@ def main(cfg: Config) -> None:
         if held_out and (last or (step + 1) % cfg.eval_every == 0):
             line |= evaluate(step)
         shares = {name: totals[f"part {name}"] / totals["rows"] for name in names}
-        metrics.write_record(run, step, shares | line)
+        metrics.write_record(run, step, {**shares, **line, "lr": learning_rate(step)})
         distributed.main_print(metrics.format_line(step, cfg.steps, line))
         if last or step % cfg.rollouts_every == 0:
             samples = [
@@ -270,7 +272,8 @@ def main(cfg: Config) -> None:
         with checkpoint.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
             save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
-    distributed.main_print(f"model in {run / 'model'}")
+        page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
+        print(f"model: {run / 'model'}\nreport: {page}")
     distributed.teardown()
 
 

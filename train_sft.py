@@ -2,7 +2,7 @@
 
     L(θ) = −(1/N) Σ_b Σ_t m_bt log π_θ(y_bt | x_b, y_b,<t),   N = Σ m over the whole optimiser step  (F1, F3)
 
-m is 1 on the tokens an assistant has to emit, stop token included, and 0 on prompts, tool results and padding.
+m is 1 on the tokens an assistant must emit, stop token included, and 0 on prompts, tool results and padding.
 A record of plain text has no prompt: every token is trained on, so this script pre-trains too.
 
     python train_sft.py --model DIR --data chats.jsonl --out runs/sft
@@ -15,6 +15,7 @@ conversations, and N counts all micro-batches and ranks, so neither can change t
 
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample, read_jsonl
 from nanopost.losses import aggregate, sft_loss
 from nanopost.models.weights import load_model, random_model, save_model
+from nanopost.report import write_report
 
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
@@ -174,7 +176,8 @@ def main(cfg: Config) -> None:
         with checkpoint.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
             save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
-    distributed.main_print(f"model in {run / 'model'}")
+        page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
+        print(f"model: {run / 'model'}\nreport: {page}")
     distributed.teardown()
 
 

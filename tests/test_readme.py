@@ -25,7 +25,7 @@ SHORT = {"train_sft.py": "", "train_grpo.py": "--steps 1 --max-new-tokens 4 --pr
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A working folder with what the commands name: the scripts, a model DIR, chats.jsonl, gsm8k/train.jsonl."""
+    """A working folder with what the commands name: scripts, a model DIR, chats.jsonl, gsm8k/train.jsonl."""
     folder = tmp_path_factory.mktemp("readme")
     for path in ROOT.glob("train_*.py"):
         (folder / path.name).symlink_to(path)
@@ -44,9 +44,8 @@ def test_the_scripts_commands_run_one_after_the_other(checkout):
         script = next(word for word in words if word.endswith(".py"))
         run = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else [])]
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*run, *words, *SHORT[script].split()], cwd=checkout, env=env, capture_output=True, text=True, timeout=240
-        )
+        command = [*run, *words, *SHORT[script].split()]
+        done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
         out = words[words.index("--out") + 1]
         assert (checkout / out / "model/model.safetensors").is_file(), line

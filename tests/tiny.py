@@ -48,7 +48,7 @@ def tiny_model(
 
 
 def hub_folder(folder: Path, *, max_position_embeddings: int = 256, seed: int = 0) -> Path:
-    """A small Llama folder as the hub has them: config, random float32 weights, tokenizer, ChatML template."""
+    """A small Llama folder as the hub has them: config, random weights, tokenizer, ChatML template."""
     chat = make_chat(folder)
     config = dataclasses.replace(
         TINY,

@@ -165,8 +165,9 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Lla
 def random_model(folder: str | Path, *, seed: int, dtype: torch.dtype = torch.float32) -> Llama:
     """A `Llama` of the folder's `config.json` with seeded random weights.
 
-    Embeddings N(0, 0.02²); other matrices N(0, 1/fan-in), so that narrow models start as lively as wide ones; the
-    projections into the residual stream divided by √(2 · layers) (Radford et al. 2019, §2.3); norms 1.
+    Embeddings N(0, 0.02²); other matrices N(0, 1/fan-in), so that narrow models start as lively as wide
+    ones; the projections into the residual stream divided by √(2 · layers) (Radford et al. 2019, §2.3);
+    norms 1.
     """
     config = load_config(folder)
     model, generator = Llama(config).to(dtype), torch.Generator().manual_seed(seed)

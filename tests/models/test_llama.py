@@ -76,7 +76,7 @@ def scalar_logits(model: Llama, ids: list[int]) -> list[list[float]]:
 def test_logits_equal_the_scalar_decoder(tmp_path, tied):
     model = tiny_model(tmp_path, tie_word_embeddings=tied)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:  # norms away from 1
                 parameter.copy_(torch.linspace(0.5, 1.5, len(parameter)))
     ids = [3, 17, 0, 22, 9, 9, 4]

@@ -100,10 +100,10 @@ MUTANTS = [
         name="rope-base-of-another-model",
         row=60,
         source="torchtune#997",
-        story="The rotary base of the config is ignored: the checkpoint loads, and its logits are another model's.",
+        story="The config's rotary base is ignored: the checkpoint loads, its logits are another model's.",
         file=LLAMA,
-        before="config.rope_theta**-steps",
-        after="10000.0**-steps",
+        before="config.rope_theta**-exponents",
+        after="10000.0**-exponents",
         killer=f"{MODEL_TESTS}::test_logits_equal_the_scalar_decoder[False]",
     ),
 ]

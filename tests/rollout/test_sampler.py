@@ -138,7 +138,7 @@ def test_one_prefill_a_prompt_and_finished_rows_give_up_their_slots(model, monke
 
 
 def test_draws_follow_the_distribution(model):
-    """10,000 stratified uniforms give every token its probability to 1e-4: the inverse of the cumulative sum."""
+    """10,000 stratified uniforms give every token its probability to 1e-4."""
     logits = torch.tensor([[0.3, -1.0, 2.0, 0.0, -torch.inf]], dtype=torch.float64)
     uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     for temperature in (0.7, 1.0, 1.6):

@@ -22,7 +22,7 @@ def write_lines(path: Path, records: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> tuple[Path, Path]:
-    """A model that supervised fine-tuning has taught to say 3 or 7, at random, and prompts whose answer is 7."""
+    """A model that fine-tuning has taught to say 3 or 7, at random, and prompts whose answer is 7."""
     folder = tmp_path_factory.mktemp("grpo")
     words = ["add", "one", "two", "to", "a", "hello"]
     prompts = [{"role": "user", "content": f"{a} {b}"} for a in words for b in words]

@@ -1,0 +1,1 @@
+"""Evaluation arithmetic: from completions and verdicts to the numbers of a table."""

@@ -1,0 +1,1 @@
+"""Small task worlds the project makes itself: requests, gold answers, demonstrations, a verifier."""

@@ -1,0 +1,374 @@
+"""The page of a run: what it must show, what it must never do, and the same bytes every time."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from nanopost import metrics, report
+
+ROOT = Path(__file__).resolve().parent.parent
+VOID = {"meta", "input", "br", "link", "img"}
+ATTACK = '"><script>alert("x")</script>\x00\u202e'
+RL = ["Reward", "Length", "Entropy", "KL to the reference", "KL to the sampler", "Groups without signal"]
+RL += ["Gradient norm", "Surrogate loss", "Clipped", "Stopped", "Time"]
+STAGES: list[dict[str, Any]] = [
+    {
+        "stage": "base",
+        "strict_json": 0.1275,
+        "exact_greedy": 0.0625,
+        "exact_sampled": 0.0425,
+        "refusal_precision": None,
+        "refusal_recall": 0.0,
+        "worked": 0.2225,
+        "mean_length": 18.375,
+        "kl": None,
+        "seconds": 141.2,
+        "samples": [{"prompt": "1+1?\n", "completion": "two\nor three", "exact": False}],
+    },
+    {
+        "stage": "grpo",
+        "strict_json": 0.9925,
+        "exact_greedy": 0.9125,
+        "exact_sampled": 0.8775,
+        "refusal_precision": 1.0,
+        "refusal_recall": 0.9876,
+        "worked": 0.6325,
+        "mean_length": 1234.5,
+        "kl": 3.4142,
+        "seconds": 59.4,
+        "samples": [{"prompt": "1+1?\n", "completion": ATTACK, "exact": True}],
+    },
+]
+# The same numbers as a reader should see them, row by row.
+SEEN = "12.8% 99.2% 6.2% 91.2% 4.2% 87.8% – 100.0% 0.0% 98.8% 22.2% 63.2% 18.4 1,234 – 3.41"
+SEEN_TIMES = ["2 min 21 s", "59 s"]
+
+
+@dataclass
+class Config:
+    model: str = "start/model"
+    data: str = "<b>data</b>.jsonl"
+    steps: int = 4
+    eval_data: str | None = None
+
+
+class Page(HTMLParser):
+    """The page as a browser would take it apart: elements with attributes, and the text of chosen ones."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), (tag, attrs)
+        self.tags.append((tag, dict(attrs)))
+        self.texts.setdefault(tag, [])
+        if tag not in VOID:
+            self.open.append(tag)
+            self.texts[tag].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.texts[tag][-1] += data
+
+    @property
+    def titles(self) -> list[str]:
+        return [dict(attrs)["aria-label"].split(" by step:")[0] for tag, attrs in self.tags if tag == "svg"]  # type: ignore[union-attr]
+
+
+def row(line: int, advantage: float, tokens: list[str], **more: Any) -> dict[str, Any]:
+    return {
+        "line": line,
+        "prompt": f"prompt {line}\n",
+        "tokens": tokens,
+        "completion": "".join(tokens),
+        "score": 1.0 if advantage > 0 else 0.25,
+        "parts": {"exact": float(advantage > 0), "shape": 0.5},
+        "reason": "right" if advantage > 0 else "wrong",
+        "advantage": advantage,
+        "finish": "stop",
+        "old_logps": [-0.125 * (1 + i) for i in range(len(tokens))],
+    } | more
+
+
+def rl_run(folder: Path, steps: int = 4, **more: float) -> Path:
+    metrics.open_run(folder, Config(), env={"template": "abc123"}, resume=False)
+    for step in range(steps):
+        values: dict[str, Any] = {
+            "reward": 0.25 + step / (8 * steps),
+            "no_signal": 0.5,
+            "length": 30.0 - step % 9,
+        }
+        values |= {"stopped": 1.0, "clipped": 0.0, "entropy": 0.5, "kl_old": 5e-13, "kl_ref": 0.001 * step}
+        values |= {
+            "loss": -0.0002,
+            "grad_norm": 1.5,
+            "rollout_s": 2.0,
+            "verify_s": 0.5,
+            "train_s": 30.0,
+            **more,
+        }
+        if step % 2:
+            values |= {"eval_reward": 0.75, "eval_length": 12.0}
+        metrics.write_record(folder, step, values)
+    for step in (0, 2, steps - 1):
+        rows = [row(1, 0.0, ["same", ""]), row(1, 0.0, ["same", ""])]
+        rows += [row(2, -0.5, [f"low{step}", "\n", ""]), row(2, 0.5, [f"high{step}", " b", ""])]
+        rows += [row(n, sign * 0.125, [f"g{n}", ""]) for n in (3, 4, 5) for sign in (1, -1)]
+        metrics.write_rollouts(folder, step, rows)
+    return folder
+
+
+def sft_run(folder: Path, steps: int = 3) -> Path:
+    metrics.open_run(folder, Config(), env={}, resume=False)
+    for step in range(steps):
+        values = {
+            "loss": 3.0 - step / steps,
+            "lr": 1e-4 / (1 + step),
+            "grad_norm": 1.0,
+            "tokens": 99,
+            "seconds": 0.5,
+        }
+        metrics.write_record(folder, step, values | ({"eval_loss": 2.5} if step == steps - 1 else {}))
+    return folder
+
+
+def demo(folder: Path, **changes: Any) -> Path:
+    sft_run(folder / "base")
+    rl_run(folder / "grpo", worked=0.5)
+    summary = {"title": "A <demo>", "intro": "What it is.", "machine": "2 cores", "seconds": 331.4}
+    summary |= {"stages": STAGES, "runs": [{"name": n, "folder": n} for n in ("base", "grpo")], **changes}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rl_page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(report.write_report(rl_run(tmp_path_factory.mktemp("rl") / "run")))
+
+
+@pytest.fixture(scope="module")
+def demo_page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(report.write_report(demo(tmp_path_factory.mktemp("demo") / "demo")))
+
+
+# ---- what it shows
+
+
+def test_the_page_lies_in_the_folder_it_is_about(tmp_path: Path) -> None:
+    path = report.write_report(sft_run(tmp_path / "sft"))
+    page = Page(path)
+    assert path == tmp_path / "sft" / "report.html" and page.texts["h1"] == ["sft"]
+    assert page.titles == ["Loss", "Learning rate", "Gradient norm", "Time", "Tokens"]
+    assert "Samples" not in page.source and "held out" in page.source
+
+
+def test_a_reinforcement_run(rl_page: Page) -> None:
+    assert rl_page.texts["h1"] == ["run"] and rl_page.titles == RL
+    figure = next(a["aria-label"] for t, a in rl_page.tags if t == "svg")
+    assert figure and "sampled from 0.25 to 0.344, between 0.25 and 0.344" in figure and "held out" in figure
+    for said in ("start/model", "<b>data</b>.jsonl", "2 min 10 s", "abc123", "packages.torch"):  # 4 × 32.5 s
+        assert html.escape(said) in rl_page.source
+    assert "null" in rl_page.texts["td"]
+
+
+def test_the_first_and_the_last_written_step_show_whole_groups_best_first(rl_page: Page) -> None:
+    assert rl_page.texts["h3"] == ["Samples of steps 0 and 3"]
+    assert "1 of 5 groups without signal" in rl_page.source
+    samples = rl_page.texts["li"]
+    assert len(samples) == 2 * (2 + 2 + 2)  # three groups of two a step, the widest first
+    assert [s for s in samples if "low2" in s or "same" in s or "g5" in s] == []
+    for step, at in ((0, 0), (3, 6)):
+        assert f"high{step}" in samples[at] and f"low{step}" in samples[at + 1]
+    assert all(word in samples[0] for word in ("score 1", "advantage +0.50", "right", "● exact", "shape 0.5"))
+    assert all(
+        word in samples[1] for word in ("score 0.25", "advantage −0.50", "wrong", "○ exact", "↵\n", "■")
+    )
+
+
+def test_tokens_carry_their_advantage_and_log_prob(rl_page: Page) -> None:
+    styles = [
+        (a["class"], a["style"]) for _, a in rl_page.tags if (a.get("class") or "").startswith("tokens")
+    ]
+    assert styles[:4] == [
+        ("tokens pos", "--tone:1.0"),
+        ("tokens neg", "--tone:1.0"),
+        ("tokens pos", "--tone:0.25"),
+        ("tokens neg", "--tone:0.25"),
+    ]
+    assert '<span title="log p −0.125">high0</span><span title="log p −0.25"> b</span>' in rl_page.source
+
+
+def test_a_surprising_token_and_a_cut_sample_are_marked(tmp_path: Path) -> None:
+    run = rl_run(tmp_path / "run")
+    rows = [row(9, 1.0, ["a", "b"], old_logps=[-0.69, -0.70], finish="length"), row(9, 0.0, ["c", ""])]
+    metrics.write_rollouts(run, 3, rows)
+    page = Page(report.write_report(run))
+    assert '<span title="log p −0.69">a</span><span class="rare" title="log p −0.7">b</span>' in page.source
+    assert "cut off at the length limit, 2 tokens" in page.source and "stopped, 2 tokens" in page.source
+
+
+def test_worked_share_stands_between_reward_and_length_and_the_unplanned_last(tmp_path: Path) -> None:
+    page = Page(report.write_report(rl_run(tmp_path / "run", worked=0.5, margin=0.5)))
+    assert page.titles == ["Reward", "Worked share", *RL[1:], "margin"]
+
+
+def test_every_stage_number_appears(demo_page: Page) -> None:
+    numbers = [float(attrs["value"] or "") for tag, attrs in demo_page.tags if tag == "data"]
+    keys = [key for key in STAGES[0] if key not in ("stage", "samples")]
+    assert numbers == [stage[key] for key in keys for stage in STAGES if stage[key] is not None]
+    assert [text.strip() for text in demo_page.texts["td"]][1:19] == [*SEEN.split(), *SEEN_TIMES]
+    bars = re.findall(r'<i style="width:([\d.]+)%">', demo_page.source)
+    assert [round(float(bar) / 100, 6) for bar in bars] == numbers[:11]
+    assert (
+        demo_page.texts["h1"] == ["A <demo>"]
+        and "5 min 31 s" in demo_page.source
+        and "2 cores" in demo_page.source
+    )
+
+
+def test_a_demo_shows_its_runs_and_the_answers_of_each_stage_to_one_prompt(demo_page: Page) -> None:
+    assert [a["id"] for t, a in demo_page.tags if t == "section"] == ["stages", "answers", "run-0", "run-1"]
+    assert (
+        demo_page.titles[:3] == ["Loss", "Learning rate", "Gradient norm"]
+        and "Worked share" in demo_page.titles
+    )
+    assert demo_page.texts["pre"] == ["two↵\nor three", '"><script>alert("x")</script>␀\u202e']
+    assert [text[:5].strip() for text in demo_page.texts["dt"] if "exact" in text] == ["base✗", "grpo✓"]
+
+
+# ---- what it never does
+
+
+def test_what_models_wrote_is_escaped(tmp_path: Path) -> None:
+    folder = demo(tmp_path / "demo", title=ATTACK, intro=ATTACK, machine=ATTACK)
+    rows = [row(1, 1.0, [ATTACK, ""], prompt=ATTACK, reason=ATTACK, parts={ATTACK: 1.0})]
+    metrics.write_rollouts(folder / "grpo", 3, [*rows, row(1, -1.0, ["x", ""], prompt=ATTACK)])
+    page = Page(report.write_report(folder))
+    assert "script" not in page.texts and "<script" not in page.source
+    assert page.source.count("&lt;script&gt;alert(") >= 8
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page.source)
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+@pytest.mark.parametrize("name", ["rl_page", "demo_page"])
+def test_nothing_is_loaded_from_anywhere(name: str, request: pytest.FixtureRequest) -> None:
+    page: Page = request.getfixturevalue(name)
+    assert not re.search(r"https?:|//cdn|@import|url\((?!#)", page.source)
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not [attrs for _, attrs in page.tags if "src" in attrs]
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) > 5
+    used = {a["href"] for _, a in page.tags if "href" in a} | {
+        f"#{x}" for x in re.findall(r"url\(#(.*?)\)", page.source)
+    }
+    assert used and used <= {f"#{name}" for name in ids}
+
+
+def test_figures_follow_the_theme(tmp_path: Path) -> None:
+    page = Page(report.write_report(sft_run(tmp_path / "sft")))
+    drawings = re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)
+    assert len(drawings) == 5 and not re.search(r"#[0-9a-f]{6}|font-family", "".join(drawings))
+    used = set(re.findall(r"var\((--\w+)\)", "".join(drawings)))
+    light, dark = page.source.split("@media (prefers-color-scheme: dark)")
+    assert used and all(f"{name}:" in light and f"{name}:" in dark for name in used)
+
+
+def test_long_runs_and_long_completions_stay_a_small_file(tmp_path: Path) -> None:
+    run = rl_run(tmp_path / "run", steps=2000)
+    for step in (0, 1999):
+        tokens = ["start", *(["word"] * 3000), "finish", ""]
+        metrics.write_rollouts(run, step, [row(n, a, tokens) for n in (1, 2, 3) for a in [0.5, -0.5] * 8])
+    page = Page(report.write_report(run))
+    assert len(page.source.encode()) < 1_500_000
+    assert len(page.texts["li"]) == 2 * 3 * 16 and "2,000" in page.source
+    assert all("start" in s and "finish" in s and "2878 tokens more" in s for s in page.texts["li"])
+
+
+# ---- the same input, the same bytes; and errors
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    folder = demo(tmp_path / "a" / "demo")
+    first = report.write_report(folder).read_bytes()
+    (tmp_path / "b").mkdir()
+    shutil.copytree(folder, tmp_path / "b" / "demo", ignore=shutil.ignore_patterns("report.html"))
+    with matplotlib.rc_context({"lines.linewidth": 7, "svg.hashsalt": "other", "axes.grid.which": "both"}):
+        assert report.write_report(tmp_path / "b" / "demo").read_bytes() == first
+        assert matplotlib.rcParams["lines.linewidth"] == 7
+    command = [sys.executable, "-m", "nanopost.report", str(tmp_path / "b" / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == str(tmp_path / "b" / "demo" / "report.html")
+    assert Path(done.stdout.strip()).read_bytes() == first
+
+
+def test_one_step_is_enough(tmp_path: Path) -> None:
+    assert Page(report.write_report(sft_run(tmp_path / "sft", steps=1))).titles[0] == "Loss"
+    assert Page(report.write_report(rl_run(tmp_path / "rl", steps=3))).titles == RL
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere is no folder"):
+        report.write_report(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty/metrics\.jsonl: no complete record"):
+        report.write_report(tmp_path / "empty")
+    folder = demo(tmp_path / "demo")
+    (folder / "grpo" / "args.json").unlink()
+    with pytest.raises(ValueError, match=r"grpo/args\.json: not readable"):
+        report.write_report(folder)
+    (folder / "grpo" / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"grpo/metrics\.jsonl: no complete record"):
+        report.write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("summary", "message"),
+    [
+        ("[]", "expected an object, got list"),
+        ("{", "not readable"),
+        ('{"title": "x"}', "no 'intro'"),
+        (
+            json.dumps({"stages": [{"stage": "x", "worked": 63.25}]}),
+            "worked: expected a rate between 0 and 1, got 63.25",
+        ),
+    ],
+)
+def test_a_wrong_summary_is_named(summary: str, message: str, tmp_path: Path) -> None:
+    if "stages" in summary:
+        summary = json.dumps(
+            {"title": "", "intro": "", "machine": "", "seconds": 1, "runs": []} | json.loads(summary)
+        )
+    (tmp_path / "summary.json").write_text(summary, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"summary\.json: {re.escape(message)}"):
+        report.write_report(tmp_path)
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=re.escape('pip install "nanopost[report]"')):
+        report.write_report(sft_run(tmp_path / "sft"))
