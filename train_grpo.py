@@ -154,7 +154,7 @@ def main(cfg: Config) -> None:
     def evaluate(step: int) -> dict[str, float]:
         """Greedy score and length on the held-out prompts."""
         mine = distributed.shard_rows(range(len(held_out)))
-        rollouts = rollout(step, held_out, mine, 1, {"temperature": 0.0}) if mine else []
+        rollouts = rollout(step, held_out, mine, 1, {"temperature": 0.0})
         texts = [decode(chat, r.completion_ids) for r in rollouts]
         scores = [verify(text, held_out[i][1].answer).score for i, text in zip(mine, texts, strict=True)]
         score, length = distributed.all_sum([sum(scores), sum(len(r.completion_ids) for r in rollouts)])

@@ -30,7 +30,7 @@ def row_uniforms(*, seed: int, step: int, prompts: Sequence[int], group_size: in
     """
     rows = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
     draws = [np.random.default_rng([seed, step, prompt, sample]).random(count) for prompt, sample in rows]
-    return torch.from_numpy(np.stack(draws))
+    return torch.from_numpy(np.array(draws).reshape(len(rows), count))
 
 
 def draw(
@@ -79,12 +79,14 @@ def sample(
         slots: rows decoded at a time; finished rows give their slot to waiting ones.
 
     Returns:
-        len(prompts) · group_size rollouts, the rows of a group adjacent, in the order of the prompts.
+        len(prompts) · group_size rollouts in the order of the prompts, the rows of a group adjacent.
 
     Raises:
         ValueError: an argument out of range, by name; a prompt that leaves no room for `max_new_tokens`.
     """
     check_arguments(model, prompts, group_size, max_new_tokens, stop_ids, temperature, slots, uniforms)
+    if not prompts:
+        return []
     rows, device = len(prompts) * group_size, model.lm_head.weight.device
     uniforms = uniforms.to(device)
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
@@ -193,8 +195,6 @@ def check_arguments(
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
     if not stop_ids:
         raise ValueError("stop_ids is empty: no completion could ever stop")
-    if not prompts:
-        raise ValueError("prompts is empty")
     longest = model.config.max_position_embeddings - max_new_tokens
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= longest:

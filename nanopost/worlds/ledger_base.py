@@ -9,10 +9,10 @@ holds operands of the test on one line.
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from nanopost.worlds.ledger import KINDS, Task, demonstrate, draw_amount, draw_task, held_out, work
+from nanopost.worlds.ledger import Task, demonstrate, draw_amount, draw_task, held_out, work
 from nanopost.worlds.ledger_words import ANSWERS, APPROVERS, DEPARTMENTS, LIMITS, PAYEES, REFUSALS
 
 KIND_WEIGHTS = {"report": 4, "reconcile": 3, "refuse": 2, "answer": 2}
@@ -28,9 +28,9 @@ def line_pairs(text: str) -> Iterable[tuple[int | str, int]]:
         yield from ((payee, number) for payee in PAYEES if payee in line for number in numbers)
 
 
-def weighted_task(rng: random.Random, kinds: Sequence[str] = KINDS, *, test: bool = False) -> Task:
+def weighted_task(rng: random.Random, *, test: bool = False) -> Task:
     """A task of one of the kinds, in the shares that every corpus has."""
-    kind = rng.choices(kinds, [KIND_WEIGHTS[kind] for kind in kinds])[0]
+    kind = rng.choices(tuple(KIND_WEIGHTS), tuple(KIND_WEIGHTS.values()))[0]
     return draw_task(rng, kind, test=test)
 
 
@@ -58,10 +58,13 @@ def office_note(rng: random.Random) -> str:
     """A policy, a journal line or a remark, in the words of the requests."""
     department, payee, amount = rng.choice(DEPARTMENTS), rng.choice(PAYEES), draw_amount(rng)
     instead = rng.choice([alternative for alternative, _ in REFUSALS.values()])
+    if rng.random() < 0.5:  # facts that no request brings along
+        limit, approver = LIMITS[department], APPROVERS[department]
+        return rng.choice(
+            (f"the approval limit of {department} is {limit}.", f"{approver} must approve for {department}.")
+        )
     return rng.choice(
         (
-            f"the approval limit of {department} is {LIMITS[department]}.",
-            f"{APPROVERS[department]} must approve for {department}.",
             f"policy: {instead}. without approval a transfer is blocked.",
             "the approval of a transfer: request, review, release. the controller may release.",
             f"journal: debit cash, credit suspense, {amount}.",

@@ -89,7 +89,7 @@ def write_corpora(
     sft: int = 3000,
     rl: int = 4000,
     test: int = 400,
-    slip_share: float = 0.2,
+    slip_share: float = 0.25,
     tool_share: float = 0.04,
     turns_share: float = 0.06,
 ) -> dict[str, Any]:

@@ -48,7 +48,7 @@ SETTINGS: dict[str, Any] = {
     "vocab_size": 512,
     "corpora": {"base": 24000, "sft": 3000, "rl": 4000, "test": 400, "slip_share": 0.3},
     "max_new_tokens": 48,
-    "base": ["--max-length", 96, "--steps", 1400, "--batch-size", 32, "--lr", 3e-3, "--warmup", 60],
+    "base": ["--max-length", 96, "--steps", 1150, "--batch-size", 32, "--lr", 3e-3, "--warmup", 60],
     "sft": ["--max-length", 128, "--epochs", 3, "--batch-size", 64, "--lr", 1e-3, "--warmup", 10],
     "grpo": ["--steps", 90, "--prompts-per-step", 32, "--group-size", 8, "--lr", 1.5e-4, "--warmup", 3],
     "zero": ["--steps", 100, "--prompts-per-step", 32, "--group-size", 8, "--lr", 1.5e-4, "--warmup", 3],

@@ -135,7 +135,8 @@ def test_unreadable_files_are_named(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_reads_the_folder_with_equal_logits(tmp_path, tied):
     transformers = pytest.importorskip("transformers", reason="the extra `oracle` is not installed")
-    model = tiny_model(tmp_path, tie_word_embeddings=tied, dtype=torch.float32)
+    # a hidden size that is a multiple of the heads: transformers asks for it, though it sets head_dim apart
+    model = tiny_model(tmp_path, tie_word_embeddings=tied, dtype=torch.float32, hidden_size=24)
     save_model(model.config, model.state_dict(), tmp_path, stop_ids=(1,))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=1e-5, atol=1e-5)

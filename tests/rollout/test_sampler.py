@@ -178,6 +178,11 @@ def test_uniforms_depend_on_seed_step_prompt_and_sample_alone():
     assert not torch.equal(part, others[0]) and not torch.equal(part, others[1])
 
 
+def test_no_prompts_give_no_rollouts(model):
+    """A rank without a share of the held-out prompts samples along with the others."""
+    assert rollouts(model, []) == []
+
+
 def test_new_weights_are_seen_at_once(model):
     before = rollouts(model)
     with torch.no_grad():
@@ -195,7 +200,6 @@ def test_new_weights_are_seen_at_once(model):
         ({"temperature": -1.0}, "temperature must be finite and at least 0, got -1.0"),
         ({"stop_ids": ()}, "stop_ids is empty"),
         ({"max_new_tokens": 60}, r"prompts\[1\] has 6 tokens; with max_new_tokens=60 it must have 1 to 4"),
-        ({"prompts": []}, "prompts is empty"),
         ({"prompts": [[3], []]}, r"prompts\[1\] has 0 tokens"),
         ({"uniforms": torch.zeros(2, 2)}, r"uniforms has shape \(2, 2\), expected \(4, 9\)"),
     ],

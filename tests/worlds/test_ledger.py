@@ -375,7 +375,7 @@ def test_base_text_answers_in_many_shapes(corpora: Path, records: dict[str, list
         assert steps in text and re.search(rf"(?<!\d){result}(?!\d)", text.split(steps)[1])
 
 
-def test_demonstrations_are_clean_in_shape(records: dict[str, list[Record]]) -> None:
+def test_demonstrations_are_clean_in_shape(corpora: Path, records: dict[str, list[Record]]) -> None:
     kinds: Counter[str] = Counter()
     slipped = total = 0
     for record in records["sft"]:
@@ -394,7 +394,8 @@ def test_demonstrations_are_clean_in_shape(records: dict[str, list[Record]]) -> 
                 handed = z // 10 if sign == "+" else 1 - z // 10
             assert before.role in ("user", "tool")
         kinds[record.meta["kind"]] += 1
-    assert 0.15 < slipped / total < 0.25
+    manifest = json.loads((corpora / "manifest.json").read_text())
+    assert abs(slipped / total - manifest["slip_share"]) < 0.04
     assert kinds["tool"] > 0 and any("+" in kind for kind in kinds)
     tool = next(record for record in records["sft"] if record.meta["kind"] == "tool")
     assert [message.role for message in tool.messages] == ["user", "assistant", "tool", "assistant"]
