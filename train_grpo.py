@@ -37,7 +37,7 @@ from nanopost.losses import (
     local_denom,
     policy_ratio,
 )
-from nanopost.models.weights import load_model, save_model
+from nanopost.models.weights import load_config, load_model, save_model
 from nanopost.report import write_report
 from nanopost.rewards.math import gsm8k, math_reward
 from nanopost.rollout.sampler import row_uniforms, sample
@@ -74,12 +74,12 @@ class Config:
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     slots: int = 256  # rows decoded at a time
-    baseline: Literal["group_mean", "group_std", "leave_one_out"] = "group_mean"  # what a sample is held to
+    # what a sample is compared with
+    baseline: Literal["group_mean", "group_std", "leave_one_out"] = "group_mean"
     clip_low: float = 0.2  # ε below: the ratio is clipped at 1 − ε
     clip_high: float = 0.28  # ε above: the ratio is clipped at 1 + ε
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = (
-        "token_mean"  # to a loss
-    )
+    # how the tokens' losses become one number
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
     beta: float = 0.0  # weight of the KL to the reference in the loss
     kl: Literal["k1", "k2", "k3"] = "k3"  # its estimator
     lr: float = 1e-6  # peak learning rate
@@ -88,9 +88,9 @@ class Config:
     final_lr: float = 0.1  # where the decay ends, as a share of lr
     weight_decay: float = 0.0  # on matrices only
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    eval_every: int = 20  # rollout batches between evaluations
+    eval_every: int = 20  # rollout batches between evaluations; 0: only at the end
     save_every: int = 0  # rollout batches between states to resume from; 0: only at the end
-    rollouts_every: int = 10  # rollout batches between those written to OUT/rollouts (rank 0's share)
+    rollouts_every: int = 10  # rollout batches between those written (rank 0's share); 0: only the last
     resume: bool = False  # go on from the newest state in OUT
     seed: int = 0  # order of the prompts, and the sampler's uniforms
     threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
@@ -101,25 +101,35 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
-    if cfg.prompts_per_step < 1 or cfg.prompts_per_step % (ranks * cfg.minibatches):
-        raise ValueError(
-            f"prompts_per_step={cfg.prompts_per_step} must be a positive multiple of ranks × minibatches"
-            f" ({ranks} × {cfg.minibatches})"
-        )
+    for name in ("steps", "prompts_per_step", "group_size", "micro_batch", "minibatches", "max_new_tokens"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
+    if cfg.prompts_per_step % (ranks * cfg.minibatches):
+        shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
+        raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")
     chat = load_chat(cfg.model)
     run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     verify = VERIFIERS[cfg.verifier]
 
-    def tasks_of(path: Path) -> list[Task]:
-        records = read_jsonl(path)
-        if missing := [record for record in records if record.answer is None]:
-            raise ValueError(f"{missing[0].file}:{missing[0].line}: no answer to verify against")
-        return [(prompt_ids(chat, prompt_messages(record)), record) for record in records]
+    longest = load_config(cfg.model).max_position_embeddings - cfg.max_new_tokens
 
-    train = tasks_of(cfg.data)
-    held_out = tasks_of(cfg.eval_data) if cfg.eval_data else []
+    def task_of(record: Record) -> Task:
+        """The prompt's tokens; what cannot be sampled or verified is refused here, before the first step."""
+        try:
+            if record.answer is None:
+                raise ValueError("no answer to verify against")
+            verify("", record.answer)
+            ids = prompt_ids(chat, prompt_messages(record))
+            if len(ids) > longest:
+                raise ValueError(f"the prompt has {len(ids)} tokens, {longest} leave room for max_new_tokens")
+        except ValueError as error:
+            raise ValueError(f"{record.file}:{record.line}: {error}") from error
+        return ids, record
+
+    train = [task_of(record) for record in read_jsonl(cfg.data)]
+    held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_model(cfg.model).to(device))
@@ -138,78 +148,86 @@ def main(cfg: Config) -> None:
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     scope = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
 
-    def rollout(step: int, tasks: list[Task], indices: list[int], size: int, scope: dict) -> list[Rollout]:
+    def rollout(step: int, tasks: list[Task], places: list[int], size: int, scope: dict) -> list[Rollout]:
+        """`size` completions of each task; `places` number the tasks in the step, over all ranks."""
         count = cfg.max_new_tokens
-        uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=indices, group_size=size, count=count)
-        options = {
-            "stop_ids": chat.stop_ids,
-            "max_new_tokens": count,
-            "slots": cfg.slots,
-            "uniforms": uniforms,
-        }
+        uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
+        options = {"stop_ids": chat.stop_ids, "max_new_tokens": count, "slots": cfg.slots}
+        options |= {"group_size": size, "uniforms": uniforms, **scope}
+        bar = metrics.progress(range(len(tasks) * size), desc="rollout")
         with distributed.gathered(policy):
-            return sample(policy, [tasks[i][0] for i in indices], group_size=size, **options, **scope)
+            done = sample(policy, [ids for ids, _ in tasks], finished=bar.update, **options)
+        bar.close()
+        return done
 
     # ---- 7 Evaluation --------------------------------------------------------------------------------------
     def evaluate(step: int) -> dict[str, float]:
-        """Greedy score and length on the held-out prompts."""
-        mine = distributed.shard_rows(range(len(held_out)))
-        rollouts = rollout(step, held_out, mine, 1, {"temperature": 0.0})
+        """Greedy score, length and verdict parts on the held-out prompts."""
+        places = distributed.shard_rows(range(len(held_out)))
+        mine = [held_out[place] for place in places]
+        rollouts = rollout(step, mine, places, 1, {"temperature": 0.0})
         texts = [decode(chat, r.completion_ids) for r in rollouts]
-        scores = [verify(text, held_out[i][1].answer).score for i, text in zip(mine, texts, strict=True)]
-        score, length = distributed.all_sum([sum(scores), sum(len(r.completion_ids) for r in rollouts)])
-        return {"eval_reward": score / len(held_out), "eval_length": length / len(held_out)}
+        verdicts = [verify(text, record.answer) for text, (_, record) in zip(texts, mine, strict=True)]
+        parts = verify("", held_out[0][1].answer).parts  # their names
+        totals = distributed.all_sum(
+            {
+                "eval_reward": sum(verdict.score for verdict in verdicts),
+                "eval_length": sum(len(r.completion_ids) for r in rollouts),
+                **{f"eval_{name}": sum(verdict.parts[name] for verdict in verdicts) for name in parts},
+            }
+        )
+        return {name: total / len(held_out) for name, total in totals.items()}
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(
-        f"{len(train)} prompts, {cfg.steps} steps of {cfg.prompts_per_step} × {cfg.group_size}"
-    )
+    distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps")
     distributed.main_print("loss is near 0, its gradient is not: a group's advantages sum to 0; watch reward")
     for step in range(first, cfg.steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))
         chosen = step_indices(seed=cfg.seed, step=step, batch_size=cfg.prompts_per_step, size=len(train))
-        mine = distributed.shard_rows(chosen)
-        rollouts = rollout(step, train, mine, cfg.group_size, scope)
+        places = distributed.shard_rows(range(cfg.prompts_per_step))
+        mine = [train[chosen[place]] for place in places]
+        rollouts = rollout(step, mine, places, cfg.group_size, scope)
         sampled = time.perf_counter()
 
-        rows = [train[i][1] for i in mine for _ in range(cfg.group_size)]
+        rows = [record for _, record in mine for _ in range(cfg.group_size)]
         texts = [decode(chat, r.completion_ids) for r in rollouts]
-        verdicts = [verify(text, row.answer) for text, row in zip(texts, rows, strict=True)]
+        judged = metrics.progress(list(zip(texts, rows, strict=True)), desc="verify")
+        verdicts = [verify(text, row.answer) for text, row in judged]
         rewards = torch.tensor([verdict.score for verdict in verdicts], dtype=torch.float64)
         advantages = BASELINES[cfg.baseline](rewards, cfg.group_size)
         verified = time.perf_counter()
 
-        sums = dict.fromkeys(("loss", "clipped", "kl_old", "kl_ref", "tokens"), 0.0)
+        sums, norms = dict.fromkeys(("loss", "clipped", "kl_old", "kl_ref", "tokens"), 0.0), []
         per_update = len(rollouts) // cfg.minibatches
         for update in range(cfg.minibatches):
-            picked = range(update * per_update, (update + 1) * per_update)
+            picked = list(range(update * per_update, (update + 1) * per_update))
+            picked.sort(key=lambda i: len(rollouts[i].sample.ids))  # alike in length: less padding
             parts = [picked[i : i + cfg.micro_batch] for i in range(0, per_update, cfg.micro_batch)]
             batches = [collate([rollouts[i].sample for i in part], device=device) for part in parts]
             counts = {"mode": cfg.aggregation, "max_tokens": cfg.max_new_tokens}
             denom = distributed.all_sum(sum(local_denom(b.completion_mask, **counts) for b in batches))
-            for part, batch in zip(parts, batches, strict=True):
+            for part, batch in metrics.progress(list(zip(parts, batches, strict=True)), desc="train"):
                 mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
                 old_logps = spread([rollouts[i].old_logps for i in part], mask)
                 logps = policy.logps(*ids, position_ids=batch.position_ids, **scope)
                 with torch.no_grad():
                     ref_logps = reference.logps(*ids, position_ids=batch.position_ids, **scope)
-                pull = advantages[list(part)].to(logps)[:, None].expand_as(logps)
+                pull = advantages[part].to(logps)[:, None].expand_as(logps)
                 clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
                 surrogate = clipped_surrogate_loss(logps, old_logps, pull, **clip)
                 values = surrogate + cfg.beta * kl_estimate(logps, ref_logps, kind=cfg.kl)
                 loss = aggregate(values, mask, mode=cfg.aggregation, denom=denom)
                 loss.backward()
                 with torch.no_grad():
-                    clipped = (
-                        surrogate > -policy_ratio(logps, old_logps) * pull
-                    )  # the minimum took the clipped side
+                    # the minimum took the clipped side
+                    clipped = surrogate > -policy_ratio(logps, old_logps) * pull
                     sums["loss"] += float(loss) / cfg.minibatches
                     sums["clipped"] += float(clipped[mask].sum())
                     sums["kl_old"] += float(kl_estimate(logps, old_logps, kind="k3")[mask].sum())
                     sums["kl_ref"] += float(kl_estimate(logps, ref_logps, kind="k3")[mask].sum())
                     sums["tokens"] += float(mask.sum())
-            grad_norm = optim.clip_grad_norm(policy, cfg.max_grad_norm)
+            norms.append(optim.clip_grad_norm(policy, cfg.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         trained = time.perf_counter()
@@ -233,18 +251,20 @@ def main(cfg: Config) -> None:
             "length": totals["tokens"] / totals["rows"],
             **{name: totals[name] / totals["tokens"] for name in ("clipped", "entropy", "kl_old", "kl_ref")},
             "loss": totals["loss"],
-            "grad_norm": grad_norm,
+            "grad_norm": max(norms),
             "rollout_s": sampled - start,
             "verify_s": verified - sampled,
             "train_s": trained - verified,
         }
         last = step + 1 == cfg.steps
-        if held_out and (last or (step + 1) % cfg.eval_every == 0):
+        if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
             line |= evaluate(step)
         shares = {name: totals[f"part {name}"] / totals["rows"] for name in names}
         metrics.write_record(run, step, {**shares, **line, "lr": learning_rate(step)})
+        line = {name: value for name, value in line.items() if name.removeprefix("eval_") not in names}
         distributed.main_print(metrics.format_line(step, cfg.steps, line))
-        if last or step % cfg.rollouts_every == 0:
+        if last or (cfg.rollouts_every and step % cfg.rollouts_every == 0):
+            every = zip(rows, rollouts, texts, verdicts, advantages.tolist(), strict=True)
             samples = [
                 {
                     "line": row.line,
@@ -258,9 +278,7 @@ def main(cfg: Config) -> None:
                     "reason": verdict.reason,
                     "advantage": advantage,
                 }
-                for row, r, text, verdict, advantage in zip(
-                    rows, rollouts, texts, verdicts, advantages.tolist(), strict=True
-                )
+                for row, r, text, verdict, advantage in every
             ]
             metrics.write_rollouts(run, step, samples)
         if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):

@@ -27,7 +27,7 @@ from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample, read_jsonl
 from nanopost.losses import aggregate, sft_loss
-from nanopost.models.weights import load_model, random_model, save_model
+from nanopost.models.weights import load_config, load_model, random_model, save_model
 from nanopost.report import write_report
 
 
@@ -50,10 +50,8 @@ class Config:
     warmup: int = 10  # steps of linear warm-up
     final_lr: float = 0.1  # where the decay ends, as a share of lr
     weight_decay: float = 0.0  # on matrices only
-    beta1: float = 0.9  # AdamW, first moment
-    beta2: float = 0.95  # AdamW, second moment
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    eval_every: int = 100  # steps between evaluations
+    eval_every: int = 100  # steps between evaluations; 0: only at the end
     save_every: int = 0  # steps between states to resume from; 0: only at the end
     resume: bool = False  # go on from the newest state in OUT
     seed: int = 0  # order of the data, and random weights
@@ -65,39 +63,42 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
-    if cfg.batch_size < 1 or cfg.batch_size % ranks:
-        raise ValueError(
-            f"batch_size={cfg.batch_size} must be a positive multiple of the number of ranks ({ranks})"
-        )
+    for name in ("batch_size", "micro_batch"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
+    if cfg.steps < 0 or not cfg.epochs > 0:
+        raise ValueError(f"steps must be at least 0 and epochs above 0, got {cfg.steps} and {cfg.epochs}")
+    if cfg.batch_size % ranks:
+        raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the number of ranks ({ranks})")
     chat = load_chat(cfg.model)
     run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
-    def samples_of(path: Path, longest: int) -> list[Sample]:
+    context = load_config(cfg.model).max_position_embeddings
+    longest = min(cfg.max_length or context, context)
+
+    def samples_of(path: Path) -> list[Sample]:
         every = [(record, sample) for record in read_jsonl(path) for sample in record_samples(chat, record)]
-        kept = [sample for _, sample in every if len(sample.ids) <= longest + 1]
-        if len(kept) < len(every):
-            record, sample = next(pair for pair in every if len(pair[1].ids) > longest + 1)
-            where = f"first: {record.file}:{record.line}, {len(sample.ids)} tokens"
-            distributed.main_print(
-                f"left out {len(every) - len(kept)} of {len(every)} samples over {longest} tokens ({where})"
-            )
-        if not kept:
+        long = [(record, sample) for record, sample in every if len(sample.ids) > longest + 1]
+        if long:
+            record, sample = long[0]
+            first = f"first: {record.file}:{record.line}, {len(sample.ids)} tokens"
+            told = f"left out {len(long)} of {len(every)} samples over {longest} tokens"
+            distributed.main_print(f"{told} ({first})")
+        if len(long) == len(every):
             raise ValueError(f"{path}: no sample of at most {longest} tokens")
-        return kept
+        return [sample for _, sample in every if len(sample.ids) <= longest + 1]
+
+    train = samples_of(cfg.data)
+    held_out = samples_of(cfg.eval_data) if cfg.eval_data else []
+    pack_length = longest if cfg.pack else None
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    policy = (random_model(cfg.model, seed=cfg.seed) if cfg.from_scratch else load_model(cfg.model)).to(
-        device
-    )
-    policy = distributed.shard(policy)
-    optimizer = optim.adamw(policy, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2))
+    policy = random_model(cfg.model, seed=cfg.seed) if cfg.from_scratch else load_model(cfg.model)
+    policy = distributed.shard(policy.to(device))
+    optimizer = optim.adamw(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, policy, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)
-    max_length = cfg.max_length or policy.config.max_position_embeddings
-    pack_length = max_length if cfg.pack else None
-    train = samples_of(cfg.data, max_length)
-    held_out = samples_of(cfg.eval_data, max_length) if cfg.eval_data else []
 
     # ---- 5 Schedules ---------------------------------------------------------------------------------------
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
@@ -136,9 +137,7 @@ def main(cfg: Config) -> None:
         return total / count
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(
-        f"{len(train)} samples, {steps} steps of {cfg.batch_size}, template {chat.version}"
-    )
+    distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}")
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))
@@ -155,19 +154,19 @@ def main(cfg: Config) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        seconds = time.perf_counter() - start
-        values_now = {
+        last = step + 1 == steps
+        line = {
             "loss": distributed.all_sum(loss),
             "lr": learning_rate(step),
             "grad_norm": grad_norm,
             "tokens": int(denom),
-            "seconds": seconds,
+            "seconds": time.perf_counter() - start,
         }
-        if held_out and ((step + 1) % cfg.eval_every == 0 or step + 1 == steps):
-            values_now["eval_loss"] = evaluate()
-        metrics.write_record(run, step, values_now)
-        distributed.main_print(metrics.format_line(step, steps, values_now))
-        if step + 1 == steps or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+        if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+            line["eval_loss"] = evaluate()
+        metrics.write_record(run, step, line)
+        distributed.main_print(metrics.format_line(step, steps, line))
+        if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
             checkpoint.save_state(run, step + 1, policy, optimizer)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------

@@ -118,13 +118,14 @@ def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimiz
         model: of the same shapes, sharded or not, whatever it was when saved.
         optimizer: built as it was for the saved run.
     Returns:
-        The step to go on with; 0 when there is no state, and nothing is touched.
+        The step to go on with.
     Raises:
-        ValueError: names or shapes of the weights, or the optimiser's groups, are not the saved ones.
+        ValueError: there is no state (nothing is touched then), or names or shapes of the weights, or the
+            optimiser's groups, are not the saved ones.
     """
     states = _states(Path(run) / "state")
     if not states:
-        return 0
+        raise ValueError(f"resume: {run} holds no state to go on from")
     folder = states[-1]
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")

@@ -1,10 +1,11 @@
 """One line and one JSON record a step, and the run folder they live in.
 
-    run/args.json           the configuration of the last start
-    run/env.json            python, torch, platform, package versions, commit: what a number needs to be
-    believed run/metrics.jsonl       one record a step
-    run/rollouts/000012.jsonl.gz   the samples of step 12
-    run/model/  run/state/  written by the checkpoint room
+    run/args.json                 the configuration of the last start
+    run/env.json                  python, torch, platform, package versions, commit:
+                                  what a number needs to be believed
+    run/metrics.jsonl             one record a step
+    run/rollouts/000012.jsonl.gz  the samples of step 12
+    run/model/  run/state/        written by `checkpoint`
 
 Plain files that `head`, `jq` and a spreadsheet read. Only rank 0 writes; every rank may call.
 """
@@ -20,10 +21,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 PACKAGES = ("nanopost", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "tyro")
@@ -35,27 +39,34 @@ def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any], resume: bo
     Args:
         run: the folder; parents are made.
         config: instance of a flat dataclass, written to args.json.
-        env: JSON values to add to env.json, such as a template's version.
+        env: JSON values to add to env.json, such as a template's version. A resumed start may not change
+            them: with another template it is not the same run.
         resume: go on in a folder that holds a run already. Fields that differ from the last start are kept in
             env.json under "changes", oldest first.
     Returns:
         The folder as a path.
     Raises:
-        ValueError: the folder has metrics or a state, and `resume` is off.
+        ValueError: the folder has metrics or a state and `resume` is off, or a value of `env` is not the one
+            the run was started with.
     """
     run, arguments = Path(run), json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    added = json.loads(json.dumps(dict(env)))
     begun = (run / "metrics.jsonl").exists() or (run / "state").exists()
     if begun and not resume:
         raise ValueError(f"run: {run} holds a run already; pass --resume to go on or choose another folder")
+    known = begun and (run / "args.json").exists() and (run / "env.json").exists()
+    old = json.loads((run / "env.json").read_text(encoding="utf-8")) if known else {}
+    for key, new in added.items():
+        if key in old and old[key] != new:
+            raise ValueError(f"{key}: {run} was started with {old[key]!r}, this start has {new!r}")
     if not _is_main():
         return run
     run.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = _environment() | dict(env)
-    if begun and (run / "args.json").exists() and (run / "env.json").exists():
+    record: dict[str, Any] = _environment() | added
+    if known:
         before = json.loads((run / "args.json").read_text(encoding="utf-8"))
         changed = {k: [before.get(k), v] for k, v in arguments.items() if before.get(k) != v}
-        history = json.loads((run / "env.json").read_text(encoding="utf-8")).get("changes", [])
-        record["changes"] = history + ([changed] if changed else [])
+        record["changes"] = old.get("changes", []) + ([changed] if changed else [])
     _replace(run / "args.json", (json.dumps(arguments, indent=2, ensure_ascii=False) + "\n").encode())
     _replace(run / "env.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     return run
@@ -161,13 +172,15 @@ def format_line(step: int, steps: int, values: Mapping[str, Any]) -> str:
     return "  ".join([f"{step + 1:>{len(str(steps))}}/{steps}", *cells])
 
 
-def progress(iterable: Iterable[T], *, desc: str, total: int | None = None) -> Iterable[T]:
+def progress(iterable: Iterable[T], *, desc: str, total: int | None = None) -> "tqdm[T]":
     """A progress bar on stderr inside a long phase; silent when stderr is no terminal and off rank 0.
 
     Args:
         iterable: what to go through, unchanged.
         desc: a word or two for what is going on.
         total: its length where it has none of its own.
+    Returns:
+        The bar of tqdm: iterate over it, or call `.update(n)` as n more are done and `.close()` at the end.
     """
     from tqdm import tqdm
 

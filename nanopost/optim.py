@@ -63,7 +63,7 @@ def schedule(step: int, *, steps: int, warmup: int, kind: str, final: float) -> 
         kind: "constant" f = 1, "cosine" f = ½(1 + cos πp), "linear" f = 1 − p.
         final: where the decay ends, as a share of the peak, in [0, 1].
     Returns:
-        Multiplier in (0, 1]; `final` from `steps` on (1 for "constant").
+        Multiplier in [0, 1], above 0 before `steps`; `final` from `steps` on (1 for "constant").
     Raises:
         ValueError: unknown kind, or a number outside its range.
 

@@ -1,5 +1,6 @@
 """Exact resume, atomic folders, states that survive what happens to processes."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,12 +81,13 @@ def test_a_state_before_the_first_step(tmp_path: Path) -> None:
     assert bits(other, optimizer) == bits(model, optimizer_of(model))
 
 
-def test_no_state_touches_nothing(tmp_path: Path) -> None:
+def test_no_state_is_refused_and_touches_nothing(tmp_path: Path) -> None:
     model = Model(0)
     optimizer = optimizer_of(model)
     train(model, optimizer, 0, 2)
     before = bits(model, optimizer)
-    assert checkpoint.load_state(tmp_path, model, optimizer) == 0
+    with pytest.raises(ValueError, match=re.escape(f"resume: {tmp_path} holds no state to go on from")):
+        checkpoint.load_state(tmp_path, model, optimizer)
     assert bits(model, optimizer) == before
 
 

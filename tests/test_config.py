@@ -1,7 +1,6 @@
-"""Flags, help and args.json are views of one dataclass."""
+"""Flags and help are views of one dataclass."""
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -97,41 +96,3 @@ def test_help_of_35_fields_fits_one_screen(tmp_path: Path) -> None:
     for i in range(35):
         assert f"{comment}, {i} (default: " in text  # the comment and the default are told
     assert text.count("--") == 35 + 1
-
-
-def test_args_json_gives_the_configuration_back(tmp_path: Path) -> None:
-    one = Config(Path("m/é"), ("a",), 7, 1e-5, "constant", None, (2, 3.0), True, False)
-    config.save_args(one, tmp_path / "args.json")
-    assert config.load_args(Config, tmp_path / "args.json") == one
-    assert list(json.loads((tmp_path / "args.json").read_text())) == [
-        f.name for f in dataclasses.fields(Config)
-    ]
-    assert len((tmp_path / "args.json").read_text().split("\n")) > 9  # a field a line, for diff
-
-
-def test_args_json_may_leave_out_what_has_a_default(tmp_path: Path) -> None:
-    (tmp_path / "args.json").write_text('{"model": "m", "data": [], "lr": 1}')
-    loaded = config.load_args(Config, tmp_path / "args.json")
-    assert loaded == Config(Path("m"), (), lr=1.0) and isinstance(loaded.lr, float)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"model": "m", "data": [], "stepss": 3}', "unknown field 'stepss'; did you mean 'steps'?"),
-        ('{"model": "m", "data": [], "qqq": 3}', "unknown field 'qqq'$"),
-        ('{"model": "m"}', "field 'data' is missing and has no default"),
-        ('{"model": "m", "data": [], "steps": "3"}', "args.json: steps: expected int, got '3'"),
-        ('{"model": "m", "data": [], "steps": true}', "steps: expected int, got True"),
-        ('{"model": "m", "data": [1]}', "data: expected str, got 1"),
-        ('{"model": "m", "data": [], "kind": "line"}', "kind: expected .*, got 'line'"),
-        ('{"model": "m", "data": [], "pair": [1]}', r"pair: expected tuple.*, got \[1\]"),
-        ('{"model": "m", "data": [], "limit": 1.5}', "limit: expected .*, got 1.5"),
-        ("[1]", "expected one JSON object, got list"),
-        ('{\n"model": }', "args.json:2: not JSON"),
-    ],
-)
-def test_a_wrong_args_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "args.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        config.load_args(Config, tmp_path / "args.json")

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def test_changed_arguments_are_kept_in_order(tmp_path: Path) -> None:
     assert read(tmp_path / "args.json")["steps"] == 5
     changes = [{"steps": [3, 5]}, {"betas": [[0.9, 0.95], [0.9, 0.9]]}]
     assert read(tmp_path / "env.json")["changes"] == changes
+
+
+def test_a_resumed_run_keeps_its_env(tmp_path: Path) -> None:
+    metrics.open_run(tmp_path, Config(), env={"template": "other"}, resume=False)
+    metrics.open_run(tmp_path, Config(), env={"template": "abc", "sizes": (1, 2)}, resume=False)  # not begun
+    metrics.write_record(tmp_path, 0, {})
+    metrics.open_run(tmp_path, Config(), env={"template": "abc", "sizes": (1, 2)}, resume=True)
+    before = (tmp_path / "args.json").read_bytes(), (tmp_path / "env.json").read_bytes()
+    message = f"template: {tmp_path} was started with 'abc', this start has 'def'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        metrics.open_run(tmp_path, Config(steps=5), env={"template": "def"}, resume=True)
+    assert before == ((tmp_path / "args.json").read_bytes(), (tmp_path / "env.json").read_bytes())
+    metrics.open_run(tmp_path, Config(), env={"template": "abc", "later": 1}, resume=True)
+    assert read(tmp_path / "env.json")["later"] == 1  # a value the first start did not tell is added
 
 
 def test_truncate_forgets_from_a_step_on(tmp_path: Path) -> None:
@@ -146,3 +161,7 @@ def test_progress_speaks_to_terminals_only(
     monkeypatch.setattr(sys, "stderr", screen)
     assert list(metrics.progress(iter("abc"), desc="rollout", total=3)) == ["a", "b", "c"]
     assert ("rollout" in screen.getvalue()) == speaks
+    bar = metrics.progress(range(3), desc="by hand")
+    bar.update(2)
+    bar.close()
+    assert ("by hand" in screen.getvalue()) == speaks

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_the_scripts_commands_run_one_after_the_other(checkout):
     assert len(SCRIPTS) >= 3
     for line in SCRIPTS:
@@ -44,6 +51,7 @@ def test_the_scripts_commands_run_one_after_the_other(checkout):
         script = next(word for word in words if word.endswith(".py"))
         run = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else [])]
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        env["PET_MASTER_PORT"] = str(free_port())  # torchrun's default is one port for all its runs
         command = [*run, *words, *SHORT[script].split()]
         done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"

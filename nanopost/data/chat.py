@@ -136,9 +136,9 @@ def prompt_ids(chat: Chat, messages: Sequence[Message]) -> list[int]:
 
 
 def prompt_messages(record: Record) -> tuple[Message, ...]:
-    """The messages to answer: those before a last assistant turn, else all of them."""
+    """The messages to answer: a record's own prompt, else those before a last assistant turn, else all."""
     answered = bool(record.messages) and record.messages[-1].role == "assistant"
-    messages = record.messages[: len(record.messages) - answered]
+    messages = record.messages[: record.context or len(record.messages) - answered]
     if not messages:
         raise ValueError(f"{record.file}:{record.line}: the record has no messages to answer")
     return messages

@@ -42,15 +42,14 @@ def complete(
 
 @torch.no_grad()
 def sequence_kl(model: Llama, rollouts: Sequence[Rollout]) -> float:
-    """KL(π ‖ π_model) of whole completions, in nats, estimated on completions that π sampled at temperature
-    1.
+    """KL(π ‖ π_model) of whole completions, in nats; `rollouts` are what π sampled at temperature 1.
 
     Mean over completions of Σ_t k1 (F29): unbiased, so near 0 it may fall below 0 by chance.
     """
-    batches = [collate([rollout.sample]) for rollout in rollouts]
     total = 0.0
-    for rollout, batch in zip(rollouts, batches, strict=True):
-        old_logps = spread([rollout.old_logps], batch.completion_mask)
+    for part in (rollouts[i : i + 64] for i in range(0, len(rollouts), 64)):
+        batch = collate([rollout.sample for rollout in part])
+        old_logps = spread([rollout.old_logps for rollout in part], batch.completion_mask)
         k1 = kl_estimate(old_logps, model.logps(batch.input_ids, batch.target_ids), kind="k1")
         total += float(k1[batch.completion_mask].sum())
     return total / len(rollouts)

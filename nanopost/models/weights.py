@@ -56,6 +56,7 @@ def load_config(folder: str | Path) -> LlamaConfig:
         "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
         "attention_bias": (raw.get("attention_bias", False), False),
         "mlp_bias": (raw.get("mlp_bias", False), False),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)), 1),
         "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
     }
     for name, (value, expected) in must.items():

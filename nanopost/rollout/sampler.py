@@ -9,7 +9,7 @@ same three arguments.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ Prefixes = dict[int, tuple[KVCache, int, Tensor]]  # prompt -> its cache, its ro
 def row_uniforms(*, seed: int, step: int, prompts: Sequence[int], group_size: int, count: int) -> Tensor:
     """`count` uniforms in [0, 1) for each sample of each prompt, (len(prompts) · group_size, count) float64.
 
+    `prompts` number the places of a step, not the records: a record drawn twice in a step is sampled twice.
+
     A row depends on (seed, step, prompt, sample) alone: which rank or batch samples it cannot change it.
     """
     rows = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
@@ -41,15 +43,17 @@ def draw(
     Temperature 0 is the arg max, a point mass: log-prob 0, entropy 0.
     """
     if temperature == 0:
-        zeros = logits.new_zeros(len(logits))
+        zeros = torch.zeros_like(uniforms, dtype=torch.promote_types(logits.dtype, torch.float32))
         return logits.argmax(-1), zeros, zeros
+    logits = logits.to(
+        torch.promote_types(logits.dtype, torch.float32)
+    )  # before the division, as the trainer
     support = truncate_logits(logits / temperature, top_k=top_k, top_p=top_p)
     logps = support.log_softmax(-1)
     cumulative = logps.double().exp().cumsum(-1)
     target = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(
-        -1
-    )  # first token with cumulative > target
+    # the first token whose cumulative mass exceeds the target: never one of probability 0
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1), entropy(support)
 
 
@@ -66,6 +70,7 @@ def sample(
     top_p: float = 1.0,
     uniforms: Tensor,
     slots: int = 256,
+    finished: Callable[[int], object] = int,
 ) -> list[Rollout]:
     """Sample `group_size` completions of every prompt; a completion ends with a stop id or at
     `max_new_tokens`.
@@ -77,6 +82,7 @@ def sample(
         temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
         uniforms: (len(prompts) · group_size, max_new_tokens), see `row_uniforms`.
         slots: rows decoded at a time; finished rows give their slot to waiting ones.
+        finished: called with how many rows have just ended, for a progress bar.
 
     Returns:
         len(prompts) · group_size rollouts in the order of the prompts, the rows of a group adjacent.
@@ -90,7 +96,8 @@ def sample(
     rows, device = len(prompts) * group_size, model.lm_head.weight.device
     uniforms = uniforms.to(device)
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    old_logps = torch.zeros(rows, max_new_tokens, dtype=model.lm_head.weight.dtype, device=device)
+    wide = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
+    old_logps = torch.zeros(rows, max_new_tokens, dtype=wide, device=device)
     entropies = torch.zeros_like(old_logps)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     stops = torch.tensor(list(stop_ids), device=device)
@@ -124,6 +131,7 @@ def sample(
         lengths[row] += 1
         done = torch.isin(token, stops) | (lengths[row] == max_new_tokens)
         live[busy[done]] = -1
+        finished(int(done.sum()))
         if bool(done.all()):
             continue
         held = live.clamp(min=0)  # a free slot decodes along with row 0's numbers; nobody reads it
@@ -131,14 +139,14 @@ def sample(
         position_ids = sizes[held // group_size] + at
         logits = model(tokens[held, at][:, None], position_ids[:, None], cache=cache)[:, -1]
 
-    finished = torch.isin(tokens.gather(1, lengths[:, None] - 1).squeeze(1), stops).tolist()
+    stopped = torch.isin(tokens.gather(1, lengths[:, None] - 1).squeeze(1), stops).tolist()
     return [
         Rollout(
             prompt_ids=tuple(prompts[r // group_size]),
             completion_ids=tuple(tokens[r, :n].tolist()),
             old_logps=old_logps[r, :n].cpu(),
             entropies=entropies[r, :n].cpu(),
-            finish_reason="stop" if finished[r] else "length",
+            finish_reason="stop" if stopped[r] else "length",
         )
         for r, n in enumerate(lengths.tolist())
     ]
@@ -152,12 +160,10 @@ def admit(
     slots: Tensor,
     prefixes: Prefixes,
 ) -> Tensor:
-    """Prefill each prompt once, copy its keys and values into its slots, return the logits at its end, (B,
-    V).
+    """Prefill each prompt once, copy its keys and values into its slots; the logits at its end, (B, V).
 
     `wanted[i]` is the prompt of `slots[i]`. Rows come in prompt order, so only the last prompt can have
-    samples still
-    waiting: `prefixes` keeps that one for the next call.
+    samples still waiting: `prefixes` keeps that one for the next call.
     """
     missing = [prompt for prompt in dict.fromkeys(wanted) if prompt not in prefixes]
     if missing:

@@ -63,8 +63,8 @@ def held_out(first: int | str, second: int) -> bool:
 
 
 def draw_amount(rng: random.Random) -> int:
-    """An amount of three digits, or in one case of ten of two."""
-    return rng.randint(10, 99) if rng.random() < 0.1 else rng.randint(100, 999)
+    """An amount of three digits, or in one case of thirty of two."""
+    return rng.randint(10, 99) if rng.random() < 1 / 30 else rng.randint(100, 999)
 
 
 def draw_operands(rng: random.Random, kind: str, *, test: bool) -> Operands:
@@ -105,6 +105,7 @@ def draw_task(rng: random.Random, kind: str, *, test: bool = False) -> Task:
 
 
 def report_answer(total: int) -> dict[str, Any]:
+    """The object that reports a sum."""
     return {"total": total}
 
 
@@ -127,7 +128,8 @@ def add_steps(a: int, b: int, slips: Sequence[int] = ()) -> tuple[str, int]:
         column = slipped(x + y + carry, slips[i] if i < len(slips) else 0, lowest=0)
         columns.append(f"{x}+{y}:{column:02}")
         carry, digits = column // 10, f"{column % 10}{digits}"
-    return " ".join(columns), int(f"{carry}{digits}")
+    total = int(f"{carry}{digits}")
+    return f"{' '.join(columns)}={total:04}", total
 
 
 def subtract_steps(a: int, b: int, slips: Sequence[int] = ()) -> tuple[str, int]:
@@ -145,7 +147,7 @@ def subtract_steps(a: int, b: int, slips: Sequence[int] = ()) -> tuple[str, int]
         column = slipped(10 + sign * (x - y) - owed, slips[i] if i < len(slips) else 0, lowest=lowest)
         columns.append(f"{x}{mark}{y}:{column:02}")
         owed, digits = 1 - column // 10, f"{column % 10}{digits}"
-    return " ".join(columns), int(digits)
+    return f"{' '.join(columns)}={int(digits):04}", int(digits)
 
 
 def slipped(column: int, slip: int, *, lowest: int) -> int:

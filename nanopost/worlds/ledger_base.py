@@ -17,7 +17,7 @@ from nanopost.worlds.ledger_words import ANSWERS, APPROVERS, DEPARTMENTS, LIMITS
 
 KIND_WEIGHTS = {"report": 4, "reconcile": 3, "refuse": 2, "answer": 2}
 COLUMN = re.compile(r"\d[-+<]\d:\d\d")
-NUMBER = re.compile(r"(?<![\dQ])\d{2,3}(?!\d)")
+NUMBER = re.compile(r"(?<![\dQ=])\d{2,3}(?!\d)")
 
 
 def line_pairs(text: str) -> Iterable[tuple[int | str, int]]:
@@ -45,13 +45,14 @@ def sum_note(rng: random.Random) -> str:
     """Two amounts of the books, worked out digit by digit without any request."""
     task = draw_task(rng, rng.choice(("report", "reconcile", "reconcile")))  # the harder one more often
     steps, answer = work(task)
-    return f"Note: {task.request}\nWorked: ({steps}) {spoken(answer)}"
+    return f"Note: {task.request}\nWorked: ({steps}) {spoken(answer)}."
 
 
 def spoken(answer: dict[str, Any]) -> str:
-    """The answer of a sum in words: "847", or "-37, debit suspense, credit cash"."""
-    first, *rest = answer.items()
-    return ", ".join([str(first[1]), *(f"{key} {value}" for key, value in rest)])
+    """A worked answer in words: "total is 847", "difference is minus 37, debit suspense, credit cash"."""
+    (key, value), *rest = answer.items()
+    sign = "minus " if value < 0 else ""
+    return ", ".join([f"{key} is {sign}{abs(value)}", *(f"{key} {value}" for key, value in rest)])
 
 
 def office_note(rng: random.Random) -> str:
@@ -99,8 +100,8 @@ def reply(rng: random.Random, task: Task) -> str:
         if shape < 0.2:
             reason = rng.choice(tuple(REFUSALS))
             return json.dumps({"refuse": reason, "instead": REFUSALS[reason][0]})
-        other = rng.choice(ANSWERS)[1].format(limit=500, approver="ana")
-        text = answer["answer"] if rng.random() < 0.7 else other
+        other = rng.choice(ANSWERS)[1].format(limit=LIMITS["sales"], approver=APPROVERS["sales"])
+        text = answer["answer"] if rng.random() < 0.8 else other
         return rng.choice((f"{text}.", f"{text}, i think.", f"{{answer: {text}}}"))
     key = "total" if task.kind == "report" else "difference"
     guess = misjudge(rng, abs(answer[key])) * (-1 if answer[key] < 0 else 1)
@@ -111,13 +112,14 @@ def reply(rng: random.Random, task: Task) -> str:
     if shape < 0.31:
         return f"({steps}) {json.dumps(answer)}"
     if shape < 0.65:
-        return f"({steps}) {rng.choice((f'the {key} is ', ''))}{spoken(answer)}."
+        return f"({steps}) {spoken(answer)}."
     if shape < 0.72:
         return rng.choice((f"{{{key}: {guess}}}", f'here is the json: {{"{key}": {guess}}}'))
     return rng.choice((f"the {key} is {guess}.", f"{guess}", f"about {guess}.", f"it is {guess}, i think."))
 
 
 def dialogue(rng: random.Random) -> str:
+    """A request and one of the replies it gets, in the shape of the chat template."""
     task = weighted_task(rng)
     return f"User: {task.request}\nAssistant: {reply(rng, task)}"
 

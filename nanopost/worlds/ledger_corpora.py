@@ -32,10 +32,12 @@ def check_disjoint(texts: Iterable[str], tests: Sequence[Task]) -> None:
 
 
 def user(text: str) -> dict[str, Any]:
+    """A user's turn."""
     return {"role": "user", "content": text}
 
 
 def assistant(text: str) -> dict[str, Any]:
+    """An assistant's turn."""
     return {"role": "assistant", "content": text}
 
 
@@ -69,6 +71,7 @@ def demonstration(
 
 
 def prompt_record(task: Task) -> dict[str, Any]:
+    """A prompt with its gold answer, for a verifier."""
     return {"messages": [user(task.request)], "answer": task.answer, "kind": task.kind}
 
 
@@ -141,4 +144,5 @@ def strict_share(texts: Iterable[str]) -> float:
 
 
 def count(names: Iterable[str]) -> dict[str, int]:
+    """How often each name comes, by the alphabet."""
     return dict(sorted(Counter(names).items()))

@@ -4,11 +4,11 @@ A refusal and a near-miss share their words on purpose: "pay acme 482 without an
 "may we pay acme 482 without an invoice?" must be answered.
 """
 
-DEPARTMENTS = ("sales", "marketing", "support", "legal", "design", "research")
+DEPARTMENTS = ("sales", "marketing", "support", "legal")
 MONTHS = ("march", "june", "august", "november")
 PAYEES = ("acme", "borealis", "cobalt", "delta", "everest", "fjord", "granite", "harbour")
-LIMITS = dict(zip(DEPARTMENTS, ("500", "400", "300", "900", "200", "700"), strict=True))
-APPROVERS = dict(zip(DEPARTMENTS, ("ana", "boris", "chen", "dina", "emil", "fatou"), strict=True))
+LIMITS = dict(zip(DEPARTMENTS, ("500", "400", "300", "900"), strict=True))
+APPROVERS = dict(zip(DEPARTMENTS, ("ana", "boris", "chen", "dina"), strict=True))
 OPENINGS = ("", "", "please ", "hello, ", "urgent: ", "for the close: ")
 
 # The amounts stand last, so that they are as far from the answer in every wording.

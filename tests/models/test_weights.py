@@ -60,6 +60,7 @@ def test_random_weights_are_a_function_of_the_seed(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, "rope type is 'yarn'"),
         ({"rope_theta": 7.0}, "rope_theta is 7.0 at the top and 500.0"),
         ({"vocab_size": None}, "vocab_size"),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanopost.data.collate import collate, spread
+from nanopost.losses import token_logps
 from nanopost.models.llama import Llama
 from nanopost.rollout.sampler import draw, row_uniforms, sample
 from tests.tiny import tiny_model
@@ -176,6 +177,18 @@ def test_uniforms_depend_on_seed_step_prompt_and_sample_alone():
     assert len({tuple(row.tolist()) for row in whole}) == 6
     others = [row_uniforms(seed=s, step=t, prompts=[9], group_size=3, count=4) for s, t in ((2, 2), (1, 3))]
     assert not torch.equal(part, others[0]) and not torch.equal(part, others[1])
+
+
+def test_half_precision_weights_are_sampled_in_float32(model):
+    """Widened before the temperature divides, as the trainer does: the two still agree to 1e-5."""
+    half = model.to(torch.bfloat16)
+    for temperature in (0.0, 0.7):
+        samples = rollouts(half, group_size=2, temperature=temperature)
+        assert samples[0].old_logps.dtype == torch.float32
+    logits = torch.randn(40, 23, generator=torch.Generator().manual_seed(0)).mul(8).to(torch.bfloat16)
+    uniforms = torch.linspace(0, 0.99, 40, dtype=torch.float64)
+    tokens, logps, _ = draw(logits, uniforms, temperature=0.7, top_k=0, top_p=1.0)
+    torch.testing.assert_close(logps, token_logps(logits, tokens, temperature=0.7), rtol=0, atol=1e-6)
 
 
 def test_no_prompts_give_no_rollouts(model):

@@ -116,8 +116,10 @@ def test_resume_continues_bit_for_bit(start, tmp_path, flags):
 
 
 def test_micro_batches_and_ranks_change_nothing(start, tmp_path):
-    """Whole steps, sampling included: lengths differ between ranks, the step does not."""
-    flags = ["--temperature", "1.3", "--top-k", "20", "--beta", "0.05", "--kl", "k2"]
+    """Whole steps, sampling included: lengths differ between ranks, the step does not; nor does an evaluation
+    in which one rank has no share."""
+    one = write_lines(tmp_path / "one.jsonl", [json.loads(start[1].read_text().splitlines()[0])])
+    flags = ["--temperature", "1.3", "--top-k", "20", "--beta", "0.05", "--kl", "k2", "--eval-data", str(one)]
     train(start, tmp_path / "one", *flags)
     train(start, tmp_path / "micro", *flags, "--micro-batch", "5")
     train(start, tmp_path / "slots", *flags, "--slots", "3")
@@ -128,6 +130,17 @@ def test_micro_batches_and_ranks_change_nothing(start, tmp_path):
             assert a == pytest.approx(b, abs=2e-5)
         for name, tensor in weights(tmp_path / other).items():
             torch.testing.assert_close(tensor, reference[name], rtol=0, atol=1e-4)
+
+
+def test_a_record_drawn_twice_in_a_step_is_sampled_twice(start, tmp_path):
+    model, data = start
+    few = write_lines(
+        tmp_path / "few.jsonl", [json.loads(line) for line in data.read_text().splitlines()[:2]]
+    )
+    train((model, few), tmp_path / "run", "--steps", "1", "--temperature", "3")
+    rows = metrics.read_rollouts(tmp_path / "run", 0)
+    groups = {tuple(row["completion"] for row in rows[i : i + 4]) for i in range(0, 32, 4)}
+    assert len({row["prompt"] for row in rows}) == 2 and len(groups) == 8
 
 
 def test_off_policy_minibatches_move_away_from_the_sampler(start, tmp_path):
@@ -144,9 +157,11 @@ def test_bad_input_is_named(start, tmp_path):
     data.write_text("\n".join(lines) + "\n")
     with pytest.raises(AssertionError, match=r"rl\.jsonl:3: no answer to verify against"):
         train((model, data), tmp_path / "run")
-    with pytest.raises(
-        AssertionError, match=r"prompts_per_step=8 must be a positive multiple of ranks × minibatches"
-    ):
+    lines[2] = json.dumps({"messages": [{"role": "user", "content": "add " * 300}], "answer": "7"})
+    data.write_text("\n".join(lines) + "\n")
+    with pytest.raises(AssertionError, match=r"rl\.jsonl:3: the prompt has \d+ tokens, 250 leave room"):
+        train((model, data), tmp_path / "run")
+    with pytest.raises(AssertionError, match=r"prompts_per_step=8 must be a multiple of ranks × minibatches"):
         train(start, tmp_path / "other", "--minibatches", "3")
 
 

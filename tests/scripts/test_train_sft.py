@@ -85,10 +85,12 @@ def test_resume_continues_bit_for_bit(start, tmp_path):
 
 
 def test_micro_batches_packing_and_ranks_change_nothing(start, tmp_path):
-    train(start, tmp_path / "one")
+    first = tmp_path / "first.jsonl"  # with two ranks, one has no share of the evaluation
+    first.write_text(start[1].read_text().splitlines()[0] + "\n")
+    train(start, tmp_path / "one", "--eval-data", str(first))
     train(start, tmp_path / "micro", "--micro-batch", "3")
     train(start, tmp_path / "packed", "--pack", "--max-length", "200")
-    train(start, tmp_path / "ranks", "--micro-batch", "2", ranks=2)
+    train(start, tmp_path / "ranks", "--micro-batch", "2", "--eval-data", str(first), ranks=2)
     reference, before = weights(tmp_path / "one"), load_file(start[0] / "model.safetensors")
     assert all(
         (reference[name] - before[name]).abs().max() > 1e-3 for name in before
@@ -100,6 +102,8 @@ def test_micro_batches_packing_and_ranks_change_nothing(start, tmp_path):
             )
         for a, b in zip(records(tmp_path / other), records(tmp_path / "one"), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["tokens"] == b["tokens"]
+    evaluated = [records(tmp_path / name)[-1]["eval_loss"] for name in ("one", "ranks")]
+    assert evaluated[1] == pytest.approx(evaluated[0], abs=1e-5)
 
 
 def test_too_long_samples_are_counted_not_lost_in_silence(start, tmp_path):
@@ -110,9 +114,7 @@ def test_too_long_samples_are_counted_not_lost_in_silence(start, tmp_path):
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(start, tmp_path):
-    with pytest.raises(
-        AssertionError, match="batch_size=7 must be a positive multiple of the number of ranks"
-    ):
+    with pytest.raises(AssertionError, match="batch_size=7 must be a multiple of the number of ranks"):
         train(start, tmp_path / "run", "--batch-size", "7", ranks=2)
 
 

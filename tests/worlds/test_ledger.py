@@ -256,6 +256,13 @@ def test_the_split_follows_the_operands_alone(task: Task) -> None:
     assert held_out(first, second) == held_out(second, first)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("test", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_comes_from_the_asked_side(kind: str, test: bool) -> None:
+    for seed in range(100):
+        assert held_out(*draw_task(random.Random(seed), kind, test=test).operands) == test
+
+
 def test_a_sign_decides_the_entry() -> None:
     for seed in range(50):
         task = draw_task(random.Random(seed), "reconcile")
@@ -361,7 +368,7 @@ def test_base_text_answers_in_many_shapes(corpora: Path, records: dict[str, list
         per_kind[forbidden].append(value.parts["refused"])
         if numbers := re.fullmatch(r"User: [^0-9]*(?:Q\d)?[^0-9]*(\d+)[^0-9]*(\d+)\.", request):
             a, b = int(numbers[1]), int(numbers[2])
-            right += any(re.search(rf"(?<![\d:]){gold}(?!\d)", reply) for gold in (a + b, b - a))
+            right += any(re.search(rf"(?<![\d:]){gold}(?!\d)", reply) for gold in (a + b, abs(b - a)))
     assert len(replies) > SIZES["base"] / 2
     assert 0.12 < strict / len(replies) < 0.25
     assert json.loads((corpora / "manifest.json").read_text())["base_strict_json"] == strict / len(replies)
