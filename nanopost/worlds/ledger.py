@@ -128,8 +128,7 @@ def add_steps(a: int, b: int, slips: Sequence[int] = ()) -> tuple[str, int]:
         column = slipped(x + y + carry, slips[i] if i < len(slips) else 0, lowest=0)
         columns.append(f"{x}+{y}:{column:02}")
         carry, digits = column // 10, f"{column % 10}{digits}"
-    total = int(f"{carry}{digits}")
-    return f"{' '.join(columns)}={total:04}", total
+    return " ".join(columns), int(f"{carry}{digits}")
 
 
 def subtract_steps(a: int, b: int, slips: Sequence[int] = ()) -> tuple[str, int]:
@@ -147,7 +146,7 @@ def subtract_steps(a: int, b: int, slips: Sequence[int] = ()) -> tuple[str, int]
         column = slipped(10 + sign * (x - y) - owed, slips[i] if i < len(slips) else 0, lowest=lowest)
         columns.append(f"{x}{mark}{y}:{column:02}")
         owed, digits = 1 - column // 10, f"{column % 10}{digits}"
-    return f"{' '.join(columns)}={int(digits):04}", int(digits)
+    return " ".join(columns), int(digits)
 
 
 def slipped(column: int, slip: int, *, lowest: int) -> int:

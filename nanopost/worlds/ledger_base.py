@@ -17,7 +17,7 @@ from nanopost.worlds.ledger_words import ANSWERS, APPROVERS, DEPARTMENTS, LIMITS
 
 KIND_WEIGHTS = {"report": 4, "reconcile": 3, "refuse": 2, "answer": 2}
 COLUMN = re.compile(r"\d[-+<]\d:\d\d")
-NUMBER = re.compile(r"(?<![\dQ=])\d{2,3}(?!\d)")
+NUMBER = re.compile(r"(?<![\dQ])\d{2,3}(?!\d)")
 
 
 def line_pairs(text: str) -> Iterable[tuple[int | str, int]]:
@@ -49,10 +49,9 @@ def sum_note(rng: random.Random) -> str:
 
 
 def spoken(answer: dict[str, Any]) -> str:
-    """A worked answer in words: "total is 847", "difference is minus 37, debit suspense, credit cash"."""
+    """A worked answer in words: "total is 847", "difference is -37, debit suspense, credit cash"."""
     (key, value), *rest = answer.items()
-    sign = "minus " if value < 0 else ""
-    return ", ".join([f"{key} is {sign}{abs(value)}", *(f"{key} {value}" for key, value in rest)])
+    return ", ".join([f"{key} is {value}", *(f"{key} {value}" for key, value in rest)])
 
 
 def office_note(rng: random.Random) -> str:

@@ -22,7 +22,7 @@ TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 # Role openings; words with the space before; digits; JSON's signs up to a quote; other signs; spaces.
 PIECES = (
     r"\n?[A-Z][a-z]+: | ?[A-Za-z]+|[0-9]"
-    r'|[^A-Za-z0-9\n()]*"(?:[:,}\]] ?)*| ?[^\sA-Za-z0-9"]+|\s+'
+    r'|[^A-Za-z0-9\n()]*"(?:[:,}\]] ?-?)*| ?[^\sA-Za-z0-9"]+|\s+'
 )
 TEMPLATE = (
     "{%- for message in messages -%}"
