@@ -74,12 +74,10 @@ class Config:
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     slots: int = 256  # rows decoded at a time
-    # what a sample is compared with
-    baseline: Literal["group_mean", "group_std", "leave_one_out"] = "group_mean"
+    baseline: Literal["group_mean", "group_std", "leave_one_out"] = "group_mean"  # what a sample must beat
     clip_low: float = 0.2  # ε below: the ratio is clipped at 1 − ε
     clip_high: float = 0.28  # ε above: the ratio is clipped at 1 + ε
-    # how the tokens' losses become one number
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"  # reduce
     beta: float = 0.0  # weight of the KL to the reference in the loss
     kl: Literal["k1", "k2", "k3"] = "k3"  # its estimator
     lr: float = 1e-6  # peak learning rate

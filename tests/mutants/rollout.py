@@ -42,8 +42,8 @@ MUTANTS = [
         source="nanochat#810",
         story="The stop action carries no gradient: the policy cannot learn when to stop.",
         file=TYPES,
-        before="(True,) * completion)",
-        after="(True,) * (completion - 1) + (False,))",
+        before="(True,) * completion",
+        after="(True,) * (completion - 1) + (False,)",
         killer=f"{SAMPLER_TESTS}::test_every_stop_id_ends_a_row_is_kept_and_is_trained_on",
     ),
     Mutant(
