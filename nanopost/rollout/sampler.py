@@ -70,7 +70,7 @@ def sample(
     top_p: float = 1.0,
     uniforms: Tensor,
     slots: int = 256,
-    finished: Callable[[int], object] = int,
+    finished: Callable[[int], object] = lambda count: None,
 ) -> list[Rollout]:
     """Sample `group_size` completions of every prompt; a completion ends with a stop id or at
     `max_new_tokens`.
