@@ -1,5 +1,4 @@
-"""A hub-format folder in and out: `config.json` and `model.safetensors` (one file, or shards with their
-index).
+"""A hub-format folder in and out: `config.json` and `model.safetensors` (or shards with their index).
 
 Because the module names of `llama.py` are the hub's tensor names, reading is `load_state_dict` and writing
 is `state_dict`; what stands here is the checking: a folder we cannot read exactly is refused by name, never
@@ -85,9 +84,7 @@ def load_config(folder: str | Path) -> LlamaConfig:
 def write_config(
     config: LlamaConfig, folder: str | Path, *, dtype: torch.dtype, stop_ids: tuple[int, ...]
 ) -> None:
-    """Write `config.json` in both spellings that readers know (rope_theta/torch_dtype,
-    rope_parameters/dtype).
-    """
+    """Write `config.json` in both spellings: rope_theta, torch_dtype and rope_parameters, dtype."""
     name = str(dtype).removeprefix("torch.")
     raw = {
         "architectures": ["LlamaForCausalLM"],
@@ -191,8 +188,7 @@ def save_model(
     stop_ids: tuple[int, ...],
     max_shard_bytes: int = 4 << 30,
 ) -> None:
-    """Write `config.json`, a `generation_config.json` where there is none yet, and the weights; a tied head
-    is stored once.
+    """Write `config.json`, the weights (a tied head once) and a `generation_config.json` where there is none.
 
     Args:
         config: of the model.

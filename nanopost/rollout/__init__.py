@@ -1,3 +1,1 @@
-"""The rollout room: completions sampled from a policy, with the log-probs of the distribution they were
-sampled from.
-"""
+"""The rollout room: completions of a policy, with the log-probs of the distribution they were drawn from."""

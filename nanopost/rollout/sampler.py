@@ -72,8 +72,7 @@ def sample(
     slots: int = 256,
     finished: Callable[[int], object] = lambda count: None,
 ) -> list[Rollout]:
-    """Sample `group_size` completions of every prompt; a completion ends with a stop id or at
-    `max_new_tokens`.
+    """Sample `group_size` completions of every prompt, each up to a stop id or `max_new_tokens`.
 
     Args:
         model: the policy; its weights must all be here (`distributed.gathered`).

@@ -1,6 +1,4 @@
-"""Hub folders: what is written is read back bit for bit, and what cannot be read exactly is refused by
-name.
-"""
+"""Hub folders: what is written is read back bit for bit; what cannot be read exactly is refused by name."""
 
 import json
 
