@@ -24,6 +24,14 @@ def check_same_shape(**tensors: Tensor) -> None:
         raise ValueError(f"shapes must be equal (nothing broadcasts): {listed}")
 
 
+def check_floats(**tensors: Tensor) -> None:
+    """All tensors are floating point and have one shape."""
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    check_same_shape(**tensors)
+
+
 def check_dims(name: str, tensor: Tensor, dims: int) -> None:
     """The tensor has exactly this many dimensions."""
     if tensor.dim() != dims:
@@ -80,6 +88,18 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """A number with low < value ≤ high."""
     if not low < value <= high:
         raise ValueError(f"{name} must lie in ({low}, {high}], got {value!r}")
+
+
+def check_fraction(name: str, value: float, high: float) -> None:
+    """A number with 0 ≤ value < high."""
+    if not 0.0 <= value < high:
+        raise ValueError(f"{name} must lie in [0, {high}), got {value!r}")
+
+
+def check_number(name: str, value: float) -> None:
+    """A finite number of any sign."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
 
 
 def check_count(name: str, value: int, least: int) -> None:
