@@ -4,6 +4,7 @@ A world's verifier says in `Verdict.parts` what each completion is (0 or 1 a par
 count. A rate over nothing is no number: an empty denominator is an error that names it, not 0 and not 1.
 """
 
+import math
 from collections.abc import Sequence
 
 from nanopost.rewards.verdict import Verdict
@@ -45,6 +46,42 @@ def mean_length(rollouts: Sequence[Rollout]) -> float:
     """Mean tokens of a completion, a sampled stop token included."""
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
     return ratio(tokens, len(rollouts), "mean_length: no rollouts to count")
+
+
+def pass_at_k(samples: int, correct: int, *, k: int) -> float:
+    """The chance that k of the samples, drawn without replacement, hold a correct one.
+
+        pass@k = 1 − C(n − c, k) / C(n, k)
+
+    n are the samples of one prompt and c the correct ones among them. When each sample is right with chance
+    p, the mean of this number is exactly `best_of_k(p)`; 1 − (1 − c/n)^k is on average too low.
+
+    Returns: a number in [0, 1], c/n for k = 1; whole numbers until one division, so right to the last bit.
+    Raises: ValueError unless 0 ≤ c ≤ n and 1 ≤ k ≤ n: nobody knows the pass@8 of 4 samples.
+    Reference: Chen et al. 2021, eq. 1.
+    Page: docs/losses/pass_at_k.md
+    """
+    for name, value, low, high in (("correct", correct, 0, samples), ("k", k, 1, samples)):
+        if not low <= value <= high:
+            raise ValueError(f"{name} must lie in [{low}, {high}] with {samples} samples, got {value}")
+    ways = math.comb(samples, k)
+    return (ways - math.comb(samples - correct, k)) / ways
+
+
+def best_of_k(p: float, *, k: int) -> float:
+    """The chance that the best of k independent samples is correct, each being so with chance p.
+
+        1 − (1 − p)^k
+
+    Returns: a number in [0, 1], accurate also for the smallest p: p = .2 and k = 5 give .67232.
+    Raises: ValueError unless 0 ≤ p ≤ 1 and k ≥ 1.
+    Page: docs/losses/pass_at_k.md
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p must lie in [0, 1], got {p}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    return 1.0 if p == 1.0 else -math.expm1(k * math.log1p(-p))
 
 
 def flags(verdicts: Sequence[Verdict], part: str) -> list[bool]:

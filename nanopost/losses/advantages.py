@@ -2,12 +2,24 @@
 
 Rewards come as (N,), the G samples of a prompt adjacent. Every group is first taken relative to its own first
 reward, so a group of equal rewards gives exactly 0 in every dtype: a rounding residue divided by a small ε
-would be a signal.
+would be a signal. `whiten` does the same for a whole step.
 """
+
+from collections.abc import Callable
 
 from torch import Tensor
 
-from .checks import check_choice, check_count, check_groups, check_positive, wide
+from .checks import (
+    check_choice,
+    check_count,
+    check_dims,
+    check_finite,
+    check_groups,
+    check_mask,
+    check_positive,
+    check_same_shape,
+    wide,
+)
 
 SCALES = ("none", "std")
 
@@ -100,3 +112,99 @@ def leave_one_out_advantages(rewards: Tensor, *, group_size: int) -> Tensor:
     relative = _relative(rewards, group_size)
     others = (relative.sum(dim=1, keepdim=True) - relative) / (group_size - 1)
     return (relative - others).flatten()
+
+
+def informative_groups(rewards: Tensor, *, group_size: int) -> Tensor:
+    """Which rows belong to a group that can teach something: its rewards are not all equal.
+
+        keep_i = 1[max_j r_j > min_j r_j],  the same for each row of a group
+
+    r are the G rewards of one prompt. A group of equal rewards, all right or all wrong, has advantages 0
+    under every baseline; dynamic sampling drops it and draws other prompts until the step is full. Equal
+    means equal as numbers, in the dtype the rewards come in.
+
+    Args:
+        rewards: (N,), finite; the rows of a group adjacent; no gradient.
+        group_size: G ≥ 1, divides N.
+
+    Returns:
+        Booleans, shape (N,); [1, 0, 0, 0] is kept whole, [.1, .1, .1] dropped whole. A group of one is always
+        dropped: it has nothing to compare with.
+
+    Raises:
+        ValueError: rewards not (N,), empty or not finite (a missing reward is no reward of 0), G < 1 or a G
+            that does not divide N.
+
+    Reference:
+        Yu et al. 2025 (DAPO), eq. 11.
+
+    Page: docs/losses/informative_groups.md
+
+    >>> import torch
+    >>> informative_groups(torch.tensor([1.0, 0.0, 0.1, 0.1]), group_size=2)
+    tensor([ True,  True, False, False])
+    """
+    check_count("group_size", group_size, 1)
+    check_groups("rewards", rewards, group_size)
+    grouped = rewards.detach().reshape(-1, group_size)
+    differs = grouped != grouped[:, :1]
+    return differs.any(dim=1).repeat_interleave(group_size)
+
+
+def whiten(
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    ddof: int = 1,
+    eps: float = 1e-8,
+    total: Callable[[float], float] = float,
+) -> Tensor:
+    """Advantages with mean 0 and variance 1 over the tokens of the whole step (REINFORCE++).
+
+        A'_bt = (A_bt − mean(A)) / √(var(A) + ε),  var(A) = Σ m_bt (A_bt − mean(A))² / (n − ddof)
+
+    m is the completion mask; the mean runs over the n = Σ m_bt tokens of the optimiser step, all its
+    micro-batches and processes together: pass a process's rows at once and give `total` the sum over
+    processes. Whitening each part by its own mean and spread is another formula, and a noisier one the
+    smaller the part.
+
+    Args:
+        advantages: (B, T), finite in the mask, anything outside it; detached.
+        mask: (B, T), bool or 0/1.
+        ddof: 1 for the unbiased variance, 0 for the biased one.
+        eps: ε > 0, added to the variance.
+        total: sums a float over the processes (`distributed.all_sum`); the default is one process's own. It
+            is called equally often on each, also where a process has no token.
+
+    Returns:
+        Weights, shape (B, T), in promote_types(dtype, float32), without gradient; 0 outside the mask, and
+        exactly 0 everywhere when the step has one token or all its values are equal. [1, 3] gives
+        [−.7071, .7071] and with ddof = 0 [−1, 1].
+
+    Raises:
+        ValueError: shapes differ or are not (B, T), a mask that is not 0/1, a value in the mask that is not
+            finite, ddof not 0 or 1, ε ≤ 0.
+
+    Reference:
+        Hu et al. 2025 (REINFORCE++), global advantage normalisation.
+
+    Page: docs/losses/whiten.md
+
+    >>> import torch
+    >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]]), ddof=0)
+    tensor([[-1.,  1.,  0.]])
+    """
+    check_same_shape(advantages=advantages, mask=mask)
+    check_dims("advantages", advantages, 2)
+    check_choice("ddof", ddof, (0, 1))
+    check_positive("eps", eps)
+    mask = check_mask("mask", mask)
+    values = wide(advantages).detach().masked_fill(~mask, 0.0)
+    check_finite("advantages", values)
+    inside = values[mask].double()
+    n = total(float(inside.numel()))
+    origin = total(float(inside[:1].sum())) / max(total(float(inside.numel() > 0)), 1.0)
+    relative = inside - origin  # equal values leave one exact number each, and their sum is exact
+    centred = relative - total(float(relative.sum())) / max(n, 1.0)
+    variance = total(float(centred.square().sum())) / max(n - ddof, 1.0)
+    return values.masked_scatter(mask, (centred / (variance + eps) ** 0.5).to(values.dtype))

@@ -96,6 +96,12 @@ def check_fraction(name: str, value: float, high: float) -> None:
         raise ValueError(f"{name} must lie in [0, {high}), got {value!r}")
 
 
+def check_unit(name: str, value: float) -> None:
+    """A number with 0 ≤ value ≤ 1."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+
+
 def check_number(name: str, value: float) -> None:
     """A finite number of any sign."""
     if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, and the loss that raises them.
+"""Log-probabilities of given tokens, of whole completions and of pairs, and the loss that raises them.
 
 Scoring happens here under the same temperature and truncation that a sampler draws from, so trainer and
 sampler speak of one distribution. Nothing shifts: row t of the logits belongs to entry t of `target_ids`.
@@ -7,7 +7,18 @@ sampler speak of one distribution. Nothing shifts: row t of the logits belongs t
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_ids, check_logits, check_positive, check_range, wide
+from .checks import (
+    check_count,
+    check_dims,
+    check_floats,
+    check_ids,
+    check_logits,
+    check_mask,
+    check_positive,
+    check_range,
+    check_same_shape,
+    wide,
+)
 
 
 def token_logps(
@@ -97,6 +108,71 @@ def truncate_logits(logits: Tensor, *, top_k: int, top_p: float, keep_ids: Tenso
         check_ids("keep_ids", keep_ids, logits)
         outside = outside.scatter(-1, keep_ids.long().unsqueeze(-1), False)
     return logits.masked_fill(outside, -torch.inf)
+
+
+def sequence_logps(logps: Tensor, mask: Tensor, *, average: bool = False) -> Tensor:
+    """Log-probability of each completion: the sum over its tokens, or their mean.
+
+        log π(y) = Σ_t m_t ℓ_t        average: log π(y) = Σ_t m_t ℓ_t / Σ_t m_t
+
+    ℓ are the log-probabilities of the targets, m the completion mask. The sum is the probability of the whole
+    text (DPO, IPO, KTO); the mean takes the length out of it (ORPO, SimPO, length-normalised DPO).
+
+    Args:
+        logps: (B, T); carries the gradient m_t, over Σ_t m_t for the mean. Outside the mask it may hold
+            anything and gets exactly 0.
+        mask: (B, T), bool or 0/1; no gradient.
+        average: the mean instead of the sum.
+
+    Returns:
+        Shape (B,), nats, ≤ 0, in promote_types(dtype, float32); 0 for a row without a token.
+
+    Raises:
+        ValueError: shapes differ or are not (B, T), logps not floating point, a mask that is not 0/1.
+
+    Reference:
+        The sum: Rafailov et al. 2023 (DPO), eq. 7. The mean: Meng et al. 2024 (SimPO), §2.
+
+    Page: docs/losses/sequence_logps.md
+
+    >>> logps = torch.tensor([[0.5, 0.5, 0.25]]).log()
+    >>> sequence_logps(logps, torch.tensor([[True, True, False]])).exp()
+    tensor([0.2500])
+    """
+    check_floats(logps=logps)
+    check_dims("logps", logps, 2)
+    check_same_shape(logps=logps, mask=mask)
+    mask = check_mask("mask", mask)
+    total = wide(logps).masked_fill(~mask, 0.0).sum(dim=1)
+    return total / mask.sum(dim=1).clamp(min=1) if average else total
+
+
+def preference_margin(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
+    """How much more likely the chosen completion is than the rejected one.
+
+        Δ = log π(y⁺) − log π(y⁻)
+
+    Args:
+        chosen_logps: (B,); carries the gradient, ∂Δ/∂ log π(y⁺) = 1.
+        rejected_logps: (B,); carries the gradient, ∂Δ/∂ log π(y⁻) = −1.
+
+    Returns:
+        Margins, shape (B,), nats, any sign, in promote_types(dtype, float32); log 3 for .6 against .2.
+
+    Raises:
+        ValueError: log-probabilities not floating point, not (B,) or of different shapes.
+
+    Reference:
+        Rafailov et al. 2023 (DPO): the two log π_θ terms of eq. 7.
+
+    Page: docs/losses/preference_margin.md
+
+    >>> preference_margin(torch.tensor([0.6]).log(), torch.tensor([0.2]).log())
+    tensor([1.0986])
+    """
+    check_floats(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
+    check_dims("chosen_logps", chosen_logps, 1)
+    return wide(chosen_logps) - wide(rejected_logps)
 
 
 def sft_loss(logps: Tensor) -> Tensor:

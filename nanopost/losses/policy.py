@@ -1,165 +1,183 @@
-"""The policy's own terms: the ratio to the policy that sampled, the clipped surrogate, KL, entropy.
+"""Policy-gradient losses: what an advantage does to a token that was sampled, on policy and off.
 
-Only the policy carries a gradient; what it is compared with is detached inside. A slot outside the mask may
-hold anything: clamps and fills cut its gradient to exactly 0 instead of letting 0 · ∞ or 0 · NaN through.
+The policy alone carries a gradient; advantages, and ratios that only weigh, are detached inside. These losses
+take no mask, `aggregate` has it. A slot it discards may hold anything: an advantage that is not finite keeps
+its loud value, and the gradient is cut instead of letting 0 · ∞ or 0 · NaN through.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_logits, check_positive, check_range, check_same_shape, wide
-
-# Log-ratios that are exponentiated stay inside ±60 nats; beyond that no gradient flows. e^60 ≈ 1e26 leaves
-# float32 room for an advantage and a sum over tokens.
-LOG_RATIO_LIMIT = 60.0
-KL_KINDS = ("k1", "k2", "k3")
+from .checks import check_floats, check_positive, check_range, check_same_shape, wide
 
 
-def _log_ratio(logps: Tensor, other_logps: Tensor, limit: float | None = None) -> Tensor:
-    """log π − log π', π' detached, inside ±limit (None: any float). A NaN stays, its gradient is 0."""
-    log_ratio = wide(logps) - wide(other_logps).detach()
-    bound = torch.finfo(log_ratio.dtype).max if limit is None else limit
-    return log_ratio.clamp(-bound, bound)
+def _cut(tensor: Tensor, weights: Tensor) -> Tensor:
+    """The tensor; where its weight is not finite a NaN, so that the value is loud and no gradient flows."""
+    return tensor.masked_fill(~weights.isfinite(), torch.nan)
 
 
-def policy_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """Probability ratio of the policy to the policy that sampled, token by token.
+def reinforce_loss(logps: Tensor, advantages: Tensor) -> Tensor:
+    """The plain policy gradient, token by token.
 
-        ρ_t = exp(ℓ_t − ℓ_t^old)
+        L_t = −A_t ℓ_t
 
-    ℓ^old are the log-probabilities the sampler recorded, under the very distribution it drew from.
+    ℓ is the log-probability of a token the policy has just sampled and A its advantage: the reward minus a
+    baseline that does not depend on the token. The value means nothing, only its gradient is the estimate.
 
     Args:
-        logps: (B, T); carries the gradient, ∂ρ_t/∂ℓ_t = ρ_t, and 0 where |ℓ_t − ℓ_t^old| > 60.
-        old_logps: (B, T); detached.
+        logps: (B, T) or any shape; carries the gradient, ∂L_t/∂ℓ_t = −A_t.
+        advantages: the same shape; detached.
 
     Returns:
-        Ratios, shape (B, T), > 0 and inside e^±60; 1 when the policy is the one that sampled.
+        Losses of the same shape, any sign, in promote_types(dtype, float32); 0 for an advantage of 0, and
+        log 2 for advantage 1 and a token of probability ½.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes differ, logps that are not floating point.
 
     Reference:
-        Schulman et al. 2017 (PPO), r_t(θ) above eq. 6.
+        Williams 1992 (REINFORCE), theorem 1.
 
-    Page: docs/losses/policy_ratio.md
+    Page: docs/losses/reinforce_loss.md
 
-    >>> policy_ratio(torch.tensor([[0.6, 0.2]]).log(), torch.tensor([[0.3, 0.4]]).log())
-    tensor([[2.0000, 0.5000]])
+    >>> reinforce_loss(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, -1.0]]))
+    tensor([[ 0.6931, -0.6931]])
     """
-    check_same_shape(logps=logps, old_logps=old_logps)
-    return _log_ratio(logps, old_logps, LOG_RATIO_LIMIT).exp()
+    check_floats(logps=logps)
+    check_same_shape(logps=logps, advantages=advantages)
+    advantages = wide(advantages).detach()
+    return -advantages * _cut(wide(logps), advantages)
 
 
 def clipped_surrogate_loss(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+    ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> Tensor:
-    """The clipped policy-gradient loss of PPO and GRPO, token by token.
+    """The clipped policy-gradient loss of PPO, GRPO, DAPO and, with a sequence's ratio, GSPO.
 
-        L_t = −min(ρ_t A_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_t),  ρ_t = exp(ℓ_t − ℓ_t^old)
+        L_t = −min(ρ_t A_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_t)
+        L_t ≤ −c A_t where A_t < 0, with dual_clip = c
 
-    A is the advantage of each token; one advantage a sequence is expanded by the caller. The minimum is
-    pessimistic: a step that has gone too far in the direction A asked for gets no gradient, one in the wrong
-    direction keeps it.
+    ρ is what `policy_ratio` returned, with its gradient, and A the advantage of each token; one advantage a
+    sequence is expanded by the caller. The minimum is pessimistic: a step that has gone too far in the
+    direction A asked for gets no gradient, one in the wrong direction keeps it. The dual clip ends that too,
+    for a token the policy has come to like c times as much and should not have.
 
     Args:
-        logps: (B, T); carries the gradient −ρ_t A_t, and 0 where the clip holds: A > 0 with ρ > 1 + ε_high,
-            A < 0 with ρ < 1 − ε_low.
-        old_logps: (B, T); detached.
-        advantages: (B, T); detached.
+        ratio: (B, T) or any shape; carries the gradient ∂L_t/∂ρ_t = −A_t, and 0 where a clip holds: A > 0
+            with ρ > 1 + ε_high, A < 0 with ρ < 1 − ε_low, and A < 0 with ρ > c.
+        advantages: the same shape; detached.
         clip_low: ε_low in (0, 1]; 1 removes the lower bound.
-        clip_high: ε_high > 0.
+        clip_high: ε_high > 0; infinity removes the upper bound.
+        dual_clip: c > 1, or None for no such bound.
 
     Returns:
-        Losses, shape (B, T), any sign; −A_t when the policy is the one that sampled.
+        Losses of the same shape, any sign, in promote_types(dtype, float32); −A_t at ratio 1, when the policy
+        is the one that sampled.
 
     Raises:
-        ValueError: shapes differ, ε_low outside (0, 1], ε_high ≤ 0.
+        ValueError: shapes differ, a ratio that is not floating point, ε_low outside (0, 1], ε_high ≤ 0,
+            c ≤ 1.
 
     Reference:
-        Schulman et al. 2017 (PPO), eq. 7; two bounds: Yu et al. 2025 (DAPO), eq. 10.
+        Schulman et al. 2017 (PPO), eq. 7; two bounds: Yu et al. 2025 (DAPO), eq. 10; dual clip: Ye et al.
+        2020, "Dual-clip PPO". Sequences: Zheng et al. 2025 (GSPO), eq. 5.
 
     Page: docs/losses/clipped_surrogate_loss.md
 
-    >>> logps, old_logps = torch.tensor([[0.6, 0.2]]).log(), torch.tensor([[0.3, 0.4]]).log()
-    >>> clipped_surrogate_loss(logps, old_logps, torch.tensor([[1.0, 1.0]]), clip_low=0.2, clip_high=0.28)
-    tensor([[-1.2800, -0.5000]])
+    >>> ratio, advantages = torch.tensor([[2.0, 0.5, 5.0]]), torch.tensor([[1.0, 1.0, -1.0]])
+    >>> clipped_surrogate_loss(ratio, advantages, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+    tensor([[-1.2800, -0.5000,  3.0000]])
     """
-    check_same_shape(logps=logps, old_logps=old_logps, advantages=advantages)
+    check_floats(ratio=ratio)
+    check_same_shape(ratio=ratio, advantages=advantages)
     check_range("clip_low", clip_low, 0.0, 1.0)
-    check_positive("clip_high", clip_high)
-    ratio = policy_ratio(logps, old_logps)
+    check_range("clip_high", clip_high, 0.0, math.inf)
     advantages = wide(advantages).detach()
-    ratio = ratio.masked_fill(~advantages.isfinite(), torch.nan)  # the value stays loud, the gradient is cut
+    ratio = _cut(wide(ratio), advantages)
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is None:
+        return loss
+    check_range("dual_clip", dual_clip, 1.0, math.inf)
+    return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 
-def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str) -> Tensor:
-    """One-sample estimates of KL(π‖π_ref) at tokens drawn from π.
+def cispo_loss(
+    logps: Tensor, ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
+    """REINFORCE with a clipped importance weight (CISPO): the weight is bounded, no token is dropped.
 
-        k1 = ℓ_t − ℓ_t^ref        k2 = ½ k1²        k3 = e^{−k1} − 1 + k1
+        L_t = −sg(clip(ρ_t, 1 − ε_low, 1 + ε_high)) A_t ℓ_t
 
-    ℓ^ref are the log-probabilities of the reference. As values, k1 and k3 have the mean KL; k2 is close to it
-    when the two are close. As losses they are another matter: the gradient of k1 is zero on average, k2 is
-    right for a single step and k3 gives the forward KL there; over several steps only k1 in the reward is
-    right (docs/oracle.md).
-
-    Args:
-        logps: (B, T); carries the gradient: 1, k1 and 1 − e^{−k1}.
-        ref_logps: (B, T); detached.
-        kind: "k1", "k2" or "k3".
-
-    Returns:
-        Estimates, shape (B, T), nats; k2, k3 ≥ 0; 0 when π = π_ref. Inside k3, k1 is held inside ±60.
-
-    Raises:
-        ValueError: shapes differ, an unknown kind.
-
-    Reference:
-        Schulman 2020, "Approximating KL Divergence"; k3 in GRPO: Shao et al. 2024, eq. 4.
-
-    Page: docs/losses/kl_estimate.md
-
-    >>> kl_estimate(torch.tensor([[0.5]]).log(), torch.tensor([[0.25]]).log(), kind="k3")
-    tensor([[0.1931]])
-    """
-    check_same_shape(logps=logps, ref_logps=ref_logps)
-    check_choice("kind", kind, KL_KINDS)
-    k1 = _log_ratio(logps, ref_logps, LOG_RATIO_LIMIT if kind == "k3" else None)
-    if kind == "k1":
-        return k1
-    return 0.5 * k1**2 if kind == "k2" else torch.expm1(-k1) + k1
-
-
-def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Exact entropy of the next-token distribution.
-
-        H_t = −Σ_v p_v log p_v,  p = softmax(z_t/τ)
-
-    z are the logits and τ the temperature. A logit of −∞ is a token outside the support and adds 0.
+    sg stops the gradient. Where PPO's clip holds, a token teaches nothing; here its weight stops growing and
+    its gradient stays, so rare tokens whose probability moved a lot (the "however" of a correction) go on
+    learning.
 
     Args:
-        logits: (..., V); carries the gradient, ∂H/∂z_v = −p_v (log p_v + H)/τ, and 0 at −∞. A row needs one
-            finite logit.
-        temperature: τ > 0.
+        logps: (B, T) or any shape; carries the gradient, ∂L_t/∂ℓ_t = −clip(ρ_t) A_t, 0 for A = 0 alone.
+        ratio: the same shape, from `policy_ratio`; detached.
+        advantages: the same shape; detached.
+        clip_low: ε_low in (0, 1]; 1 removes the lower bound.
+        clip_high: ε_high > 0; infinity removes the upper bound.
 
     Returns:
-        Shape (...), nats, in [0, log V]; log V for equal logits, 0 for a single token.
+        Losses of the same shape, any sign, in promote_types(dtype, float32); −A_t ℓ_t at ratio 1.
 
     Raises:
-        ValueError: no vocabulary dimension, τ ≤ 0.
+        ValueError: shapes differ, logps or ratio that are not floating point, ε_low outside (0, 1], ε_high
+            ≤ 0.
 
     Reference:
-        Shannon 1948, §6; as a regulariser of the policy: Mnih et al. 2016 (A3C), §4.
+        MiniMax 2025 (MiniMax-M1), eq. 4 and 5.
 
-    Page: docs/losses/entropy.md
+    Page: docs/losses/cispo_loss.md
 
-    >>> entropy(torch.tensor([[1.0, 1.0, float("-inf")]]))
-    tensor([0.6931])
+    >>> logps, ratio = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[4.0, 1.0]])
+    >>> cispo_loss(logps, ratio, torch.ones(1, 2), clip_low=1.0, clip_high=1.0)
+    tensor([[1.3863, 0.6931]])
     """
-    check_logits(logits)
-    check_positive("temperature", temperature)
-    log_probs = (wide(logits) / temperature).log_softmax(dim=-1)
-    finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
-    return -(log_probs.exp() * finite).sum(dim=-1)
+    check_floats(logps=logps, ratio=ratio)
+    check_same_shape(logps=logps, advantages=advantages)
+    check_range("clip_low", clip_low, 0.0, 1.0)
+    check_range("clip_high", clip_high, 0.0, math.inf)
+    weights = wide(ratio).detach().clamp(1.0 - clip_low, 1.0 + clip_high) * wide(advantages).detach()
+    return -weights * _cut(wide(logps), weights)
+
+
+def off_policy_shaped_loss(logps: Tensor, advantages: Tensor, *, shaping_gamma: float = 0.1) -> Tensor:
+    """The loss of tokens that another policy wrote, shaped so that unlikely ones still teach (LUFFY).
+
+        L_t = −A_t π_t / (π_t + γ) = −A_t σ(ℓ_t − log γ),  π_t = exp(ℓ_t)
+
+    The trace comes from a stronger policy whose probabilities are taken as 1, so the ratio is π itself, and
+    no clip is used. The weight of ∇ℓ falls like π for an unlikely token under the plain ratio; shaped, it
+    falls like π/γ below γ, is largest at π = γ, and fades for what is learnt already.
+
+    Args:
+        logps: (B, T) or any shape; carries the gradient, ∂L_t/∂ℓ_t = −A_t π_t γ / (π_t + γ)².
+        advantages: the same shape; detached.
+        shaping_gamma: γ > 0.
+
+    Returns:
+        Losses of the same shape, between 0 and −A_t, in promote_types(dtype, float32); −A_t/2 at π = γ.
+
+    Raises:
+        ValueError: shapes differ, logps that are not floating point, γ ≤ 0 or not finite.
+
+    Reference:
+        Yan et al. 2025 (LUFFY), policy shaping via regularized importance sampling.
+
+    Page: docs/losses/off_policy_shaped_loss.md
+
+    >>> off_policy_shaped_loss(torch.tensor([0.1, 0.4]).log(), torch.ones(2))
+    tensor([-0.5000, -0.8000])
+    """
+    check_floats(logps=logps)
+    check_same_shape(logps=logps, advantages=advantages)
+    check_positive("shaping_gamma", shaping_gamma)
+    advantages = wide(advantages).detach()
+    logits = _cut(wide(logps), advantages) - math.log(shaping_gamma)
+    bound = torch.finfo(logits.dtype).max  # keeps a NaN and cuts its gradient
+    return -advantages * torch.sigmoid(logits.clamp(-bound, bound))

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanopost.losses.kl import entropy
 from nanopost.losses.likelihood import truncate_logits
-from nanopost.losses.policy import entropy
 from nanopost.models.llama import KVCache, Llama
 from nanopost.rollout.types import Rollout
 

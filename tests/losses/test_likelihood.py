@@ -1,16 +1,28 @@
-"""`token_logps`, `truncate_logits` and `sft_loss`: the sampler's distribution, scored."""
+"""`token_logps`, `truncate_logits`, `sequence_logps` and `sft_loss`: the sampler's distribution, scored."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from nanopost.losses import aggregate, local_denom, sft_loss, token_logps, truncate_logits
+from nanopost.losses import aggregate, local_denom, sequence_logps, sft_loss, token_logps, truncate_logits
+from tests.oracle import (
+    Samples,
+    compare,
+    distribution,
+    expected_gradient,
+    forward_kl_gradient,
+    grow,
+    probabilities,
+    value_gradient,
+)
 from tests.pages import scalar
-from tests.ragged import normal, ragged
+from tests.properties import check_half, check_split, slope
+from tests.ragged import JUNK, junk_outside, normal, ragged
 
 VOCABULARY = 5
 SCORINGS = [
@@ -272,6 +284,103 @@ def test_S4_any_split_gives_the_gradient_of_the_step(
     torch.testing.assert_close(sum(parts), whole, rtol=1e-14, atol=1e-14 * float(whole.norm()))
 
 
+def scored(batch: tuple[Tensor, Generator]) -> tuple[Tensor, Tensor]:
+    """Token log-probabilities of a ragged batch and its mask."""
+    mask, generator = batch
+    return -normal(generator, *mask.shape, scale=2.0).abs(), mask
+
+
+@pytest.mark.parametrize("average", [False, True])
+@given(batch=ragged())
+def test_SL1_value_equals_the_page(average: bool, batch: tuple[Tensor, Generator]) -> None:
+    logps, mask = scored(batch)
+    rows = zip(logps.tolist(), mask.tolist(), strict=True)
+    expected = [scalar("sequence_logps")(row, kept, average) for row, kept in rows]
+    for form in (mask, mask.long(), mask.float()):
+        found = sequence_logps(logps, form, average=average)
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@given(batch=ragged())
+def test_SL2_gradient_is_the_mask(average: bool, batch: tuple[Tensor, Generator]) -> None:
+    logps, mask = scored(batch)
+    weights = torch.arange(1.0, len(mask) + 1, dtype=torch.float64)  # each row its own upstream gradient
+    found = slope(weights * sequence_logps(logps.requires_grad_(), mask, average=average), logps)
+    sizes = mask.sum(1, keepdim=True).clamp(min=1) if average else 1
+    assert torch.equal(found, mask * (weights[:, None] / sizes))
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("average", [False, True])
+@given(batch=ragged())
+def test_SL3_outside_the_mask_nothing_counts(
+    average: bool, junk: float, batch: tuple[Tensor, Generator]
+) -> None:
+    logps, mask = scored(batch)
+    soiled = junk_outside(logps, mask, junk).requires_grad_()
+    found = sequence_logps(soiled, mask, average=average)
+    assert torch.equal(found, sequence_logps(logps, mask, average=average))
+    gradient = slope(found.square(), soiled)
+    assert not gradient[~mask].any() and gradient[mask].all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("width", [0, 3])
+def test_SL4_a_row_without_a_token_is_zero(width: int, average: bool) -> None:
+    logps = torch.full((2, width), -torch.inf, requires_grad=True)
+    found = sequence_logps(logps, torch.zeros(2, width, dtype=torch.bool), average=average)
+    assert found.tolist() == [0.0, 0.0] and not slope(found, logps).any()
+
+
+@pytest.mark.parametrize("average", [False, True])
+@given(batch=ragged(), left=st.integers(0, 3), right=st.integers(0, 3), data=st.data())
+def test_SL5_padding_order_and_split_change_nothing(
+    average: bool, batch: tuple[Tensor, Generator], left: int, right: int, data: st.DataObject
+) -> None:
+    logps, mask = scored(batch)
+    whole = sequence_logps(logps, mask, average=average)
+    pad = torch.nn.functional.pad
+    padded = sequence_logps(pad(logps, (left, right), value=-7.0), pad(mask, (left, right)), average=average)
+    torch.testing.assert_close(padded, whole, rtol=1e-14, atol=0.0)
+    order = torch.tensor(data.draw(st.permutations(range(len(mask)))))
+    assert torch.equal(sequence_logps(logps[order], mask[order], average=average), whole[order])
+    owner = torch.tensor([data.draw(st.integers(0, 2)) for _ in mask])
+    check_split(lambda *rows: sequence_logps(*rows, average=average).square(), [logps, mask], owner)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("average", [False, True])
+@given(batch=ragged())
+def test_SL6_half_precision_is_summed_in_float32(
+    average: bool, dtype: torch.dtype, batch: tuple[Tensor, Generator]
+) -> None:
+    check_half(lambda *rows: sequence_logps(*rows, average=average), scored(batch), dtype)
+    long = torch.full((1, 4096), -1e4, dtype=dtype)
+    found = sequence_logps(long, torch.ones_like(long), average=average)
+    assert found.item() == long[0, 0].item() * (1 if average else 4096)
+
+
+def test_S5_on_teacher_samples_it_is_the_kl_of_whole_sequences() -> None:
+    tree = grow(vocabulary=3, steps=3)
+    student, teacher = np.random.default_rng(5).normal(size=(2, tree.size, 3)) * 1.5
+    q = distribution(teacher)
+
+    def loss(samples: Samples) -> Tensor:
+        losses = sft_loss(token_logps(samples.logits, samples.target_ids))
+        return (samples.weight * losses.masked_fill(~samples.mask, 0.0)).sum()
+
+    nothing = np.zeros(len(tree.actions))
+    found = expected_gradient(tree, student, nothing, loss, drawn_from=q)
+    truth = forward_kl_gradient(tree, distribution(student), q)
+    np.testing.assert_allclose(found, truth, rtol=0.0, atol=1e-14)
+    assert np.abs(truth).max() > 0.1
+    best = np.arange(len(nothing)) == probabilities(tree, q).argmax()  # what beam search would give
+    certain = -1.0 * best / probabilities(tree, distribution(student))
+    cosine, _ = compare(value_gradient(tree, distribution(student), certain), truth)
+    assert cosine < 0.99
+
+
 LOGITS, IDS = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
 
 
@@ -312,3 +421,17 @@ def test_truncate_logits_refuses(arguments: dict[str, object], message: str) -> 
 def test_sft_loss_refuses_integers() -> None:
     with pytest.raises(ValueError, match=r"logps must be floating point, got torch.int64"):
         sft_loss(IDS)
+
+
+@pytest.mark.parametrize(
+    ("logps", "mask", "message"),
+    [
+        (LOGITS[0], IDS, r"logps \(3, 4\), mask \(2, 3\)"),
+        (LOGITS, LOGITS, r"logps must have 2 dimension\(s\), got shape \(2, 3, 4\)"),
+        (IDS, IDS, "logps must be floating point, got torch.int64"),
+        (LOGITS[0], LOGITS[0] + 0.5, "mask must be bool or hold only 0 and 1, got the value 0.5"),
+    ],
+)
+def test_sequence_logps_refuses(logps: Tensor, mask: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sequence_logps(logps, mask)

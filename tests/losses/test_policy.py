@@ -1,4 +1,4 @@
-"""The ratio, the clipped surrogate, the KL estimates and the entropy."""
+"""The policy-gradient losses: REINFORCE, the clipped surrogate, CISPO and the shaped off-policy loss."""
 
 import math
 from collections.abc import Callable
@@ -7,199 +7,244 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Generator, Tensor
+from torch import Tensor
 
 from nanopost.losses import (
     aggregate,
+    cispo_loss,
     clipped_surrogate_loss,
-    entropy,
-    kl_estimate,
     local_denom,
+    off_policy_shaped_loss,
     policy_ratio,
-    token_logps,
-    truncate_logits,
+    reinforce_loss,
 )
 from tests.pages import scalar
-from tests.ragged import JUNK, junk_outside, normal, ragged
+from tests.policies import CLIP, Batch, each, pair
+from tests.properties import check_half, check_masked_slots, check_only_gradient, check_split, slope
+from tests.ragged import JUNK, normal, ragged
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
-KINDS = ("k1", "k2", "k3")
-
-
-def pair(batch: tuple[Tensor, Generator], scale: float = 1.5) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of two policies that differ a good deal."""
-    mask, generator = batch
-    return -normal(generator, *mask.shape).abs(), -normal(generator, *mask.shape, scale=scale).abs()
+MODES = ["token_mean", "sequence_mean", "sequence_sum", "constant"]
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [*HALVES, torch.float32, torch.float64]
 
 
-def each(function: Callable[..., float], *tensors: Tensor, **arguments: object) -> Tensor:
-    """A page's scalar function over every slot."""
-    flat = zip(*(tensor.flatten().tolist() for tensor in tensors), strict=True)
-    values = [function(*slot, **arguments) for slot in flat]
-    return torch.tensor(values, dtype=torch.float64).reshape(tensors[0].shape)
-
-
-def slope(loss: Tensor, logps: Tensor) -> Tensor:
-    (gradient,) = torch.autograd.grad(loss.sum(), logps)
-    return gradient
+def drawn(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, ratios and advantages of a batch, every slot of them."""
+    logps, old_logps = pair(batch)
+    return logps, (logps - old_logps).exp(), normal(batch[1], *logps.shape)
 
 
 @given(batch=ragged())
-def test_R1_value_equals_the_page(batch: tuple[Tensor, Generator]) -> None:
-    logps, old_logps = pair(batch, scale=30.0)
-    expected = each(scalar("policy_ratio"), logps, old_logps)
-    torch.testing.assert_close(policy_ratio(logps, old_logps), expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.7)])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@given(batch=ragged())
-def test_R2_ratio_is_one_before_the_first_update(
-    temperature: float, top_k: int, top_p: float, batch: tuple[Tensor, Generator]
-) -> None:
-    mask, generator = batch
-    logits = normal(generator, *mask.shape, 5, scale=2.0)
-    rows = [[z / temperature for z in row] for row in logits.reshape(-1, 5).tolist()]
-    tokens, recorded = [], []
-    for number, row in enumerate(rows):  # a sampler by the pages alone: truncate, normalise, take some token
-        support = [math.exp(z) for z in scalar("truncate_logits")(row, top_k, top_p)]
-        allowed = [token for token, power in enumerate(support) if power > 0.0]
-        tokens.append(allowed[number % len(allowed)])
-        recorded.append(math.log(support[tokens[-1]] / sum(support)))
-    ids = torch.tensor(tokens).reshape(mask.shape)
-    old_logps = torch.tensor(recorded, dtype=torch.float64).reshape(mask.shape)
-    logps = token_logps(logits, ids, temperature=temperature, top_k=top_k, top_p=top_p)
-    torch.testing.assert_close(
-        policy_ratio(logps, old_logps), torch.ones_like(old_logps), rtol=0.0, atol=1e-12
-    )
+def test_RF1_value_equals_the_page(batch: Batch) -> None:
+    logps, _, advantages = drawn(batch)
+    expected = each(scalar("reinforce_loss"), logps, advantages)
+    torch.testing.assert_close(reinforce_loss(logps, advantages), expected, rtol=1e-9, atol=1e-9)
 
 
 @given(batch=ragged())
-def test_R3_gradient_is_the_ratio_and_the_old_policy_gets_none(batch: tuple[Tensor, Generator]) -> None:
-    logps, old_logps = (tensor.requires_grad_() for tensor in pair(batch))
-    ratio = policy_ratio(logps, old_logps)
-    gradient, old = torch.autograd.grad(ratio.sum(), (logps, old_logps), allow_unused=True)
-    assert old is None
-    torch.testing.assert_close(gradient, (logps - old_logps).exp(), rtol=1e-14, atol=0.0)
+def test_RF2_gradient_is_minus_the_advantage(batch: Batch) -> None:
+    logps, _, advantages = drawn(batch)
+    check_only_gradient(reinforce_loss, (logps, advantages), to=[0])
+    leaf = logps.requires_grad_()
+    assert torch.equal(slope(reinforce_loss(leaf, advantages), leaf), -advantages)
 
 
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("soiled", [0, 1])
 @given(batch=ragged())
-def test_R4_masked_slots_may_hold_anything(soiled: int, junk: float, batch: tuple[Tensor, Generator]) -> None:
-    check_masked_slots(policy_ratio, list(pair(batch)), batch[0], soiled, junk)
+def test_RF3_masked_slots_may_hold_anything(soiled: int, junk: float, batch: Batch) -> None:
+    logps, _, advantages = drawn(batch)
+    check_masked_slots(reinforce_loss, [logps, advantages], batch[0], soiled, junk)
 
 
-def check_masked_slots(
-    loss: Callable[..., Tensor], inputs: list[Tensor], mask: Tensor, soiled: int, junk: float
+def test_RF3_an_advantage_that_is_not_finite_stays_loud_inside_the_mask() -> None:
+    bad = torch.tensor([math.nan, math.inf])
+    assert reinforce_loss(-torch.ones(2), bad).isnan().all()
+    assert clipped_surrogate_loss(torch.ones(2), bad, **CLIP).isnan().all()
+    assert cispo_loss(-torch.ones(2), torch.ones(2), bad, **CLIP).isnan().all()
+    assert off_policy_shaped_loss(-torch.ones(2), bad).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_RF4_extreme_log_probabilities_are_finite(dtype: torch.dtype) -> None:
+    logps = torch.tensor([-1e4, -1e4], dtype=dtype, requires_grad=True)
+    advantages = torch.tensor([2.0, -2.0], dtype=dtype)
+    loss = reinforce_loss(logps, advantages)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert loss.tolist() == pytest.approx([2e4, -2e4], rel=4e-3) and slope(loss, logps).tolist() == [
+        -2.0,
+        2.0,
+    ]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@given(batch=ragged())
+def test_RF4_half_precision_is_computed_in_float32(dtype: torch.dtype, batch: Batch) -> None:
+    logps, _, advantages = drawn(batch)
+    check_half(reinforce_loss, (logps, advantages), dtype)
+
+
+@given(batch=ragged())
+def test_RF5_on_policy_it_has_the_gradient_of_the_surrogate(batch: Batch) -> None:
+    logps, _, advantages = drawn(batch)
+    logps.requires_grad_()
+    ratio = policy_ratio(logps, logps.detach(), torch.ones_like(logps))
+    surrogate = slope(clipped_surrogate_loss(ratio, advantages, **CLIP), logps)
+    assert torch.equal(slope(reinforce_loss(logps, advantages), logps), surrogate)
+
+
+@given(seed=st.integers(0, 2**31), vocabulary=st.integers(2, 6), baseline=st.floats(-3.0, 3.0))
+def test_RF6_the_mean_gradient_is_that_of_the_expected_reward(
+    seed: int, vocabulary: int, baseline: float
 ) -> None:
-    """Value and gradient of the aggregate are those of the clean input; outside the mask it has none."""
-
-    def run(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        leaf = tensors[0].clone().requires_grad_()
-        value = aggregate(loss(leaf, *tensors[1:]), mask, mode="sequence_mean", denom=1.7)
-        return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-    value, gradient = run(inputs)
-    inputs[soiled] = junk_outside(inputs[soiled], mask, junk)
-    soiled_value, soiled_gradient = run(inputs)
-    assert torch.equal(soiled_value, value)
-    assert torch.equal(soiled_gradient, gradient)
-    assert not soiled_gradient[~mask].any() and gradient.isfinite().all() and gradient.any()
+    generator = torch.Generator().manual_seed(seed)
+    logits, rewards = normal(generator, vocabulary).requires_grad_(), normal(generator, vocabulary)
+    true = slope(logits.softmax(-1) * rewards, logits)
+    mean_loss = logits.softmax(-1).detach() * reinforce_loss(logits.log_softmax(-1), rewards - baseline)
+    torch.testing.assert_close(-slope(mean_loss, logits), true, rtol=0.0, atol=1e-12)
+    assert true.abs().max() > 0.0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [61.0, 1e4, float("inf")])
-def test_R5_extreme_log_ratios_are_finite_with_gradient_zero(size: float, dtype: torch.dtype) -> None:
-    logps = torch.tensor([[size, -size, 0.5]], dtype=dtype, requires_grad=True)
-    ratio = policy_ratio(logps, torch.zeros(1, 3, dtype=dtype))
-    assert ratio.isfinite().all() and (ratio > 0).all()
-    above, below, inside = slope(ratio, logps)[0].tolist()
-    assert above == below == 0.0 and inside == pytest.approx(math.exp(0.5), rel=1e-6)
+@given(batch=ragged(), data=st.data())
+def test_RF7_any_split_gives_the_gradient_of_the_step(batch: Batch, data: st.DataObject) -> None:
+    logps, _, advantages = drawn(batch)
+    owner = torch.tensor([data.draw(st.integers(0, 2)) for _ in logps])
+    check_split(reinforce_loss, (logps, advantages), owner)
 
 
+@pytest.mark.parametrize("dual_clip", [None, 1.7])
 @given(batch=ragged(), clip_low=st.floats(0.05, 0.4), clip_high=st.floats(0.41, 0.9))
-def test_C1_value_equals_the_page(batch: tuple[Tensor, Generator], clip_low: float, clip_high: float) -> None:
-    logps, old_logps = pair(batch)
-    advantages = normal(batch[1], *logps.shape)
-    found = clipped_surrogate_loss(logps, old_logps, advantages, clip_low=clip_low, clip_high=clip_high)
-    page = scalar("clipped_surrogate_loss")
-    expected = each(page, logps, old_logps, advantages, clip_low=clip_low, clip_high=clip_high)
+def test_C1_value_equals_the_page(
+    dual_clip: float | None, batch: Batch, clip_low: float, clip_high: float
+) -> None:
+    _, ratio, advantages = drawn(batch)
+    options = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+    expected = each(scalar("clipped_surrogate_loss"), ratio, advantages, **options)
+    found = clipped_surrogate_loss(ratio, advantages, **options)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("advantage", "ratio", "active"),
-    [
-        (1.5, 0.6, True),
-        (1.5, 0.85, True),
-        (1.5, 1.25, True),  # inside only because clip_high is the larger one
-        (1.5, 1.6, False),
-        (-1.5, 0.6, False),
-        (-1.5, 0.75, False),  # outside only because clip_low is the smaller one
-        (-1.5, 1.25, True),
-        (-1.5, 1.6, True),
-    ],
-)
-def test_C2_gradient_follows_the_table_of_signs(advantage: float, ratio: float, active: bool) -> None:
-    logps = torch.tensor([[math.log(ratio) - 0.9]], dtype=torch.float64, requires_grad=True)
-    old_logps, advantages = torch.full_like(logps, -0.9), torch.full_like(logps, advantage)
-    gradient = slope(clipped_surrogate_loss(logps, old_logps, advantages, **CLIP), logps).item()
-    assert gradient == (pytest.approx(-ratio * advantage, rel=1e-12) if active else 0.0)
+SIGNS = [  # advantage, ratio, whether the token has a gradient, and whether it has under a dual clip of 3
+    (1.5, 0.6, True, True),
+    (1.5, 0.85, True, True),
+    (1.5, 1.25, True, True),  # inside only because clip_high is the larger one
+    (1.5, 1.6, False, False),
+    (1.5, 4.0, False, False),
+    (-1.5, 0.6, False, False),
+    (-1.5, 0.75, False, False),  # outside only because clip_low is the smaller one
+    (-1.5, 1.25, True, True),
+    (-1.5, 1.6, True, True),
+    (-1.5, 4.0, True, False),
+]
+
+
+@pytest.mark.parametrize(("advantage", "ratio", "active", "active_dual"), SIGNS)
+def test_C2_gradient_follows_the_table_of_signs(
+    advantage: float, ratio: float, active: bool, active_dual: bool
+) -> None:
+    for dual_clip, flows in ((None, active), (3.0, active_dual)):
+        logps = torch.tensor([[math.log(ratio) - 0.9]], dtype=torch.float64, requires_grad=True)
+        leaf = policy_ratio(logps, torch.full_like(logps, -0.9), torch.ones(1, 1))
+        loss = clipped_surrogate_loss(leaf, torch.full_like(leaf, advantage), **CLIP, dual_clip=dual_clip)
+        (by_ratio,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=True)
+        assert by_ratio.item() == (-advantage if flows else 0.0)
+        expected = pytest.approx(-ratio * advantage, rel=1e-12) if flows else 0.0
+        assert slope(loss, logps).item() == expected
 
 
 @given(batch=ragged())
-def test_C3_at_ratio_one_it_is_reinforce(batch: tuple[Tensor, Generator]) -> None:
-    logps, _ = pair(batch)
-    advantages = normal(batch[1], *logps.shape)
+def test_C3_at_ratio_one_it_is_reinforce(batch: Batch) -> None:
+    logps, _, advantages = drawn(batch)
     logps.requires_grad_()
-    loss = clipped_surrogate_loss(logps, logps.detach(), advantages, **CLIP)
-    assert torch.equal(loss, -advantages) and torch.equal(slope(loss, logps), -advantages)
+    for level in ("token", "sequence"):
+        ratio = policy_ratio(logps, logps.detach(), batch[0], level=level)
+        for dual_clip in (None, 3.0):
+            loss = clipped_surrogate_loss(ratio, advantages, **CLIP, dual_clip=dual_clip)
+            assert torch.equal(loss, -advantages)
+            if level == "token":
+                gradient = torch.autograd.grad(loss.sum(), logps, retain_graph=True)[0]
+                assert torch.equal(gradient, -advantages * batch[0])
 
 
 @given(batch=ragged())
-def test_C4_old_policy_and_advantages_get_no_gradient(batch: tuple[Tensor, Generator]) -> None:
-    logps, old_logps = pair(batch)
-    inputs = [tensor.requires_grad_() for tensor in (logps, old_logps, normal(batch[1], *logps.shape))]
-    gradients = torch.autograd.grad(clipped_surrogate_loss(*inputs, **CLIP).sum(), inputs, allow_unused=True)
-    assert gradients[0] is not None and gradients[1:] == (None, None)
+def test_C4_old_policy_and_advantages_get_no_gradient(batch: Batch) -> None:
+    (logps, old_logps), mask = pair(batch), batch[0]
+
+    def loss(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
+        ratio = policy_ratio(logps, old_logps, mask)
+        return clipped_surrogate_loss(ratio, advantages, **CLIP, dual_clip=3.0)
+
+    check_only_gradient(loss, (logps, old_logps, normal(batch[1], *mask.shape)), to=[0])
 
 
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("soiled", [0, 1])
+@given(batch=ragged())
+def test_C5_masked_slots_may_hold_anything(
+    soiled: int, junk: float, dual_clip: float | None, batch: Batch
+) -> None:
+    mask, generator = batch
+    near = normal(generator, *mask.shape, scale=0.05).exp()  # inside the clip
+    inputs = [near, normal(generator, *mask.shape)]
+    loss = lambda *both: clipped_surrogate_loss(*both, **CLIP, dual_clip=dual_clip)  # noqa: E731
+    check_masked_slots(loss, inputs, mask, soiled, junk)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("soiled", [0, 1, 2])
 @given(batch=ragged())
-def test_C5_masked_slots_may_hold_anything(soiled: int, junk: float, batch: tuple[Tensor, Generator]) -> None:
+def test_C5_masked_slots_may_hold_anything_from_the_log_probabilities_on(
+    soiled: int, junk: float, level: str, batch: Batch
+) -> None:
     mask, generator = batch
     logps = -normal(generator, *mask.shape).abs()
-    near = logps + normal(generator, *mask.shape, scale=0.05)  # inside the clip
-    inputs = [logps, near, normal(generator, *mask.shape)]
-    check_masked_slots(lambda *tensors: clipped_surrogate_loss(*tensors, **CLIP), inputs, mask, soiled, junk)
+    near = logps + normal(generator, *mask.shape, scale=0.05)
+
+    def loss(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
+        return clipped_surrogate_loss(policy_ratio(logps, old_logps, mask, level=level), advantages, **CLIP)
+
+    check_masked_slots(loss, [logps, near, normal(generator, *mask.shape)], mask, soiled, junk)
 
 
 @pytest.mark.parametrize("log_ratio", [-1e4, -2.0, 0.0, 2.0, 1e4])
 def test_C6_advantage_zero_gives_loss_and_gradient_zero(log_ratio: float) -> None:
     logps = torch.tensor([[log_ratio]], requires_grad=True)
-    loss = clipped_surrogate_loss(logps, torch.zeros(1, 1), torch.zeros(1, 1), **CLIP)
-    assert loss.item() == 0.0 and slope(loss, logps).item() == 0.0
+    ratio = policy_ratio(logps, torch.zeros(1, 1), torch.ones(1, 1))
+    for dual_clip in (None, 3.0, math.inf):
+        loss = clipped_surrogate_loss(ratio, torch.zeros(1, 1), **CLIP, dual_clip=dual_clip)
+        (gradient,) = torch.autograd.grad(loss.sum(), logps, retain_graph=True)
+        assert loss.item() == 0.0 and gradient.item() == 0.0
 
 
 @pytest.mark.parametrize("advantage", [-2.0, 2.0])
 @pytest.mark.parametrize("log_ratio", [-1e4, 1e4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_C7_extreme_log_ratios_are_finite(dtype: torch.dtype, log_ratio: float, advantage: float) -> None:
     logps = torch.tensor([[log_ratio]], dtype=dtype, requires_grad=True)
     advantages = torch.full((1, 1), advantage, dtype=dtype)
-    loss = clipped_surrogate_loss(logps, torch.zeros(1, 1, dtype=dtype), advantages, **CLIP)
+    ratio = policy_ratio(logps, torch.zeros(1, 1, dtype=dtype), torch.ones(1, 1))
+    loss = clipped_surrogate_loss(ratio, advantages, **CLIP)
     assert loss.isfinite().all() and loss.dtype == torch.promote_types(dtype, torch.float32)
     assert slope(loss, logps).item() == 0.0
     if log_ratio * advantage > 0:  # the clip holds: A > 0 above, A < 0 below
         assert loss.item() == pytest.approx(-1.28 * advantage if advantage > 0 else -0.8 * advantage)
 
 
-@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
+@pytest.mark.parametrize("dtype", HALVES)
+@given(batch=ragged())
+def test_C7_half_precision_is_computed_in_float32(dtype: torch.dtype, batch: Batch) -> None:
+    ratio = normal(batch[1], *batch[0].shape, scale=0.5).exp()
+    loss = lambda *both: clipped_surrogate_loss(*both, **CLIP, dual_clip=2.0)  # noqa: E731
+    check_half(loss, (ratio, normal(batch[1], *batch[0].shape)), dtype)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("mode", MODES)
 @given(batch=ragged(), data=st.data())
 def test_C8_any_split_gives_the_gradient_of_the_step(
-    mode: str, batch: tuple[Tensor, Generator], data: st.DataObject
+    mode: str, level: str, batch: Batch, data: st.DataObject
 ) -> None:
     mask, generator = batch
     features, old_logps = (
@@ -212,180 +257,233 @@ def test_C8_any_split_gives_the_gradient_of_the_step(
     owner = torch.tensor([data.draw(st.integers(0, 2)) for _ in mask])
 
     def gradient(rows: Tensor) -> Tensor:
-        values = clipped_surrogate_loss(features[rows] @ weights, old_logps[rows], advantages[rows], **CLIP)
+        ratio = policy_ratio(features[rows] @ weights, old_logps[rows], mask[rows], level=level)
+        values = clipped_surrogate_loss(ratio, advantages[rows], **CLIP)
         return torch.autograd.grad(aggregate(values, mask[rows], mode=mode, denom=denom), weights)[0]
 
     whole = gradient(torch.arange(len(mask)))
     parts = [gradient((owner == part).nonzero()[:, 0]) for part in range(3)]
-    size = float((features.abs() * advantages.abs()[..., None] * mask[..., None]).sum()) * 2 / denom
+    tokens = mask.sum(dim=1).clamp(min=1).max() if level == "sequence" else 1
+    size = float((features.abs() * advantages.abs()[..., None] * mask[..., None]).sum() * tokens) * 2 / denom
     torch.testing.assert_close(sum(parts), whole, rtol=0.0, atol=1e-14 * size)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(batch=ragged())
-def test_K1_value_equals_the_page(kind: str, batch: tuple[Tensor, Generator]) -> None:
-    logps, ref_logps = pair(batch, scale=6.0)
-    expected = each(scalar("kl_estimate"), logps, ref_logps, kind=kind)
-    torch.testing.assert_close(kl_estimate(logps, ref_logps, kind=kind), expected, rtol=1e-9, atol=1e-9)
+@given(batch=ragged(), dual_clip=st.floats(1.05, 4.0))
+def test_C9_dual_clip_bounds_negative_advantages_alone(batch: Batch, dual_clip: float) -> None:
+    _, ratio, advantages = drawn(batch)
+    plain = clipped_surrogate_loss(ratio, advantages, **CLIP)
+    bounded = clipped_surrogate_loss(ratio, advantages, **CLIP, dual_clip=dual_clip)
+    negative = advantages < 0
+    assert torch.equal(bounded[~negative], plain[~negative])
+    limit = dual_clip * advantages[negative].abs()
+    assert torch.equal(bounded[negative], torch.minimum(plain[negative], limit))
+    unlimited = clipped_surrogate_loss(ratio, advantages, **CLIP, dual_clip=math.inf)
+    assert torch.equal(unlimited, plain)
 
 
-@pytest.mark.parametrize("kind", ["k1", "k3"])
-@given(seed=st.integers(0, 2**31), vocabulary=st.integers(2, 6))
-def test_K2_the_mean_under_the_policy_is_the_kl(kind: str, seed: int, vocabulary: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    p, q = normal(generator, 2, vocabulary, scale=2.0).softmax(-1)
-    exact = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
-    found = (p * kl_estimate(p.log(), q.log(), kind=kind)).sum().item()
-    assert found == pytest.approx(exact, abs=1e-12)
+@pytest.mark.parametrize("advantage", [-1.5, 1.5])
+def test_C10_a_sequence_is_clipped_as_a_whole(advantage: float) -> None:
+    """Token ratios 2, ½, 1 (geometric mean 1) and 3, 3, ½: only the second row is clipped, for A > 0."""
+    tokens = torch.tensor([[2.0, 0.5, 1.0], [3.0, 3.0, 0.5]], dtype=torch.float64)
+    logps = (tokens.log() - 1.0).requires_grad_()
+    ratio = policy_ratio(logps, torch.full_like(tokens, -1.0), torch.ones(2, 3), level="sequence")
+    loss = clipped_surrogate_loss(ratio, torch.full_like(tokens, advantage), **CLIP)
+    gradient = slope(loss, logps)
+    geometric = 4.5 ** (1 / 3)  # 3 · 3 · ½, three tokens; above 1.28
+    assert gradient[0].tolist() == pytest.approx([-advantage] * 3)
+    assert gradient[1].tolist() == pytest.approx([0.0 if advantage > 0 else -advantage * geometric] * 3)
 
 
-@pytest.mark.parametrize("kind", ["k2", "k3"])
-@given(batch=ragged())
-def test_K3_never_negative_and_zero_at_the_reference(kind: str, batch: tuple[Tensor, Generator]) -> None:
-    logps, ref_logps = pair(batch)
-    assert (kl_estimate(logps, ref_logps, kind=kind) > 0).all()
-    assert not kl_estimate(logps, logps, kind=kind).any()
+@given(batch=ragged(), clip_low=st.floats(0.05, 0.4), clip_high=st.floats(0.41, 0.9))
+def test_CI1_value_equals_the_page(batch: Batch, clip_low: float, clip_high: float) -> None:
+    inputs, bounds = drawn(batch), {"clip_low": clip_low, "clip_high": clip_high}
+    expected = each(scalar("cispo_loss"), *inputs, **bounds)
+    torch.testing.assert_close(cispo_loss(*inputs, **bounds), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(batch=ragged())
-def test_K4_gradients_in_closed_form_and_none_to_the_reference(
-    kind: str, batch: tuple[Tensor, Generator]
+@pytest.mark.parametrize("advantage", [-1.5, 1.5])
+@pytest.mark.parametrize(
+    ("ratio", "weight"), [(0.6, 0.8), (0.85, 0.85), (1.0, 1.0), (1.25, 1.25), (4.0, 1.28)]
+)
+def test_CI2_gradient_follows_the_table_and_is_never_zero(
+    ratio: float, weight: float, advantage: float
 ) -> None:
-    logps, ref_logps = (tensor.requires_grad_() for tensor in pair(batch))
-    estimate = kl_estimate(logps, ref_logps, kind=kind)
-    gradient, reference = torch.autograd.grad(estimate.sum(), (logps, ref_logps), allow_unused=True)
-    assert reference is None
-    k1 = logps.detach() - ref_logps.detach()
-    expected = {"k1": torch.ones_like(k1), "k2": k1, "k3": 1 - (-k1).exp()}[kind]
-    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+    logps = torch.tensor([[math.log(ratio) - 2.9]], dtype=torch.float64, requires_grad=True)
+    found = policy_ratio(logps, torch.full_like(logps, -2.9), torch.ones(1, 1))
+    loss = cispo_loss(logps, found, torch.full_like(found, advantage), **CLIP)
+    assert slope(loss, logps).item() == pytest.approx(-weight * advantage, rel=1e-12)
+
+
+@given(batch=ragged())
+def test_CI3_ratio_and_advantages_get_no_gradient(batch: Batch) -> None:
+    check_only_gradient(lambda *inputs: cispo_loss(*inputs, **CLIP), drawn(batch), to=[0])
+
+
+@given(batch=ragged())
+def test_CI4_at_ratio_one_it_is_reinforce(batch: Batch) -> None:
+    logps, _, advantages = drawn(batch)
+    logps.requires_grad_()
+    loss = cispo_loss(logps, torch.ones_like(logps), advantages, **CLIP)
+    assert torch.equal(loss, reinforce_loss(logps, advantages)) and torch.equal(
+        slope(loss, logps), -advantages
+    )
+
+
+@given(batch=ragged())
+def test_CI5_without_bounds_it_has_the_gradient_of_the_unclipped_ratio(batch: Batch) -> None:
+    (logps, old_logps), advantages = pair(batch), normal(batch[1], *batch[0].shape)
+    logps.requires_grad_()
+    ratio, unbounded = policy_ratio(logps, old_logps, batch[0]), {"clip_low": 1.0, "clip_high": math.inf}
+    values = [
+        cispo_loss(logps, ratio, advantages, **unbounded),
+        clipped_surrogate_loss(ratio, advantages, **unbounded),
+    ]
+    found, expected = (
+        torch.autograd.grad(value[batch[0]].sum(), logps, retain_graph=True)[0] for value in values
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("soiled", [0, 1, 2])
+@given(batch=ragged())
+def test_CI6_masked_slots_may_hold_anything(soiled: int, junk: float, batch: Batch) -> None:
+    loss = lambda *inputs: cispo_loss(*inputs, **CLIP)  # noqa: E731
+    check_masked_slots(loss, drawn(batch), batch[0], soiled, junk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("log_ratio", [-60.0, 60.0])
+def test_CI7_extremes_are_finite(log_ratio: float, dtype: torch.dtype) -> None:
+    logps = torch.tensor([[-1e4]], dtype=dtype, requires_grad=True)
+    ratio = policy_ratio(torch.full((1, 1), log_ratio), torch.zeros(1, 1), torch.ones(1, 1))
+    loss = cispo_loss(logps, ratio, torch.ones(1, 1, dtype=dtype), clip_low=0.2, clip_high=math.inf)
+    weight = 0.8 if log_ratio < 0 else math.exp(60.0)
+    assert loss.isfinite().all() and loss.dtype == torch.promote_types(dtype, torch.float32)
+    if dtype != torch.float16:  # in which e^60 has no gradient to be stored in
+        assert slope(loss, logps).item() == pytest.approx(-weight, rel=4e-3)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@given(batch=ragged())
+def test_CI7_half_precision_is_computed_in_float32(dtype: torch.dtype, batch: Batch) -> None:
+    check_half(lambda *inputs: cispo_loss(*inputs, **CLIP), drawn(batch), dtype)
+
+
+@given(batch=ragged(), data=st.data())
+def test_CI8_any_split_gives_the_gradient_of_the_step(batch: Batch, data: st.DataObject) -> None:
+    inputs = drawn(batch)
+    owner = torch.tensor([data.draw(st.integers(0, 2)) for _ in inputs[0]])
+    check_split(lambda *parts: cispo_loss(*parts, **CLIP), inputs, owner)
+
+
+@given(batch=ragged(), gamma=st.floats(0.02, 5.0))
+def test_OS1_value_equals_the_page(batch: Batch, gamma: float) -> None:
+    logps, _, advantages = drawn(batch)
+    expected = each(scalar("off_policy_shaped_loss"), logps, advantages, shaping_gamma=gamma)
+    found = off_policy_shaped_loss(logps, advantages, shaping_gamma=gamma)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@given(batch=ragged(), gamma=st.floats(0.02, 5.0))
+def test_OS2_gradient_in_closed_form(batch: Batch, gamma: float) -> None:
+    logps, _, advantages = drawn(batch)
+    loss = lambda *both: off_policy_shaped_loss(*both, shaping_gamma=gamma)  # noqa: E731
+    check_only_gradient(loss, (logps, advantages), to=[0])
+    probs = logps.exp()
+    expected = -advantages * probs * gamma / (probs + gamma) ** 2
+    leaf = logps.requires_grad_()
+    torch.testing.assert_close(slope(loss(leaf, advantages), leaf), expected, rtol=1e-12, atol=1e-15)
+
+
+@given(gamma=st.floats(0.02, 0.9), advantage=st.sampled_from([-1.5, 1.5]))
+def test_OS3_largest_at_gamma_and_zero_nowhere(gamma: float, advantage: float) -> None:
+    probs = torch.cat([torch.linspace(0.001, 1.0, 60, dtype=torch.float64), torch.tensor([gamma]).double()])
+    logps = probs.log().requires_grad_()
+    loss = off_policy_shaped_loss(logps, torch.full_like(probs, advantage), shaping_gamma=gamma)
+    gradient = slope(loss, logps)
+    assert gradient.ne(0).all() and (gradient.sign() == -math.copysign(1.0, advantage)).all()
+    peak = gradient.abs().max().item()
+    assert peak == pytest.approx(abs(gradient.tolist()[60]), rel=1e-12) == pytest.approx(0.375, rel=1e-12)
+
+
+@given(batch=ragged())
+def test_OS4_limits_of_gamma(batch: Batch) -> None:
+    logps, _, advantages = drawn(batch)
+    logps.requires_grad_()
+    small = off_policy_shaped_loss(logps, advantages, shaping_gamma=1e-12)
+    torch.testing.assert_close(small, -advantages, rtol=1e-9, atol=1e-9)
+    assert slope(small, logps).abs().max() < 1e-9
+    large = 1e12 * off_policy_shaped_loss(logps, advantages, shaping_gamma=1e12)
+    plain = -advantages * logps.exp()
+    torch.testing.assert_close(large, plain, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(slope(large, logps), slope(plain, logps), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("soiled", [0, 1])
-@pytest.mark.parametrize("kind", KINDS)
 @given(batch=ragged())
-def test_K5_masked_slots_may_hold_anything(
-    kind: str, soiled: int, junk: float, batch: tuple[Tensor, Generator]
-) -> None:
-    loss = lambda *tensors: kl_estimate(*tensors, kind=kind)  # noqa: E731
-    check_masked_slots(loss, list(pair(batch)), batch[0], soiled, junk)
+def test_OS5_masked_slots_may_hold_anything(soiled: int, junk: float, batch: Batch) -> None:
+    logps, _, advantages = drawn(batch)
+    check_masked_slots(off_policy_shaped_loss, [logps, advantages], batch[0], soiled, junk)
 
 
-@pytest.mark.parametrize("kind", ["k2", "k3"])
-@given(seed=st.integers(0, 2**31))
-def test_K6_one_step_down_the_estimate_lowers_the_exact_kl(kind: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits, reference = normal(generator, 2, 4)
-    logits.requires_grad_()
-    p, q = logits.softmax(-1), reference.softmax(-1)
-    expected_loss = (p.detach() * kl_estimate(logits.log_softmax(-1), q.log(), kind=kind)).sum()
-    (gradient,) = torch.autograd.grad(expected_loss, logits)
-    moved = (logits - 0.01 * gradient).softmax(-1)
-    assert (moved * (moved / q).log()).sum() < (p * (p / q).log()).sum()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("logp", "value"), [(-1e4, 0.0), (-math.inf, 0.0), (1e4, 1.0)])
+def test_OS6_extremes_are_finite(logp: float, value: float, dtype: torch.dtype) -> None:
+    logps = torch.tensor([logp, logp], dtype=dtype, requires_grad=True)
+    loss = off_policy_shaped_loss(logps, torch.tensor([-2.0, 2.0], dtype=dtype))
+    assert loss.tolist() == [2.0 * value, -2.0 * value] and slope(loss, logps).tolist() == [0.0, 0.0]
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("k1", [1e-4, -1e-4, 3e-3])
-def test_K7_k3_is_precise_at_small_differences(k1: float, dtype: torch.dtype) -> None:
-    logps = torch.tensor([[k1]], dtype=dtype)
-    exact = sum((-k1) ** n / math.factorial(n) for n in range(2, 9))  # the series of e^{−k1} − 1 + k1
-    relative = 5e-3 if dtype == torch.float32 else 1e-10  # the naive float32 form is off by a factor at 1e-4
-    assert kl_estimate(logps, torch.zeros_like(logps), kind="k3").item() == pytest.approx(exact, rel=relative)
+@pytest.mark.parametrize("dtype", HALVES)
+@given(batch=ragged())
+def test_OS6_half_precision_is_computed_in_float32(dtype: torch.dtype, batch: Batch) -> None:
+    logps, _, advantages = drawn(batch)
+    check_half(off_policy_shaped_loss, (logps, advantages), dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("k1", [-1e4, 1e4])
-def test_K7_extreme_differences_are_finite(k1: float, kind: str) -> None:
-    logps = torch.tensor([[k1]], requires_grad=True)
-    estimate = kl_estimate(logps, torch.zeros(1, 1), kind=kind)
-    assert estimate.isfinite().all() and slope(estimate, logps).isfinite().all()
-    if kind != "k3":
-        assert estimate.item() == {"k1": k1, "k2": k1**2 / 2}[kind]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@given(batch=ragged(), top_k=st.integers(1, 5))
-def test_H1_value_equals_the_page(temperature: float, batch: tuple[Tensor, Generator], top_k: int) -> None:
-    mask, generator = batch
-    logits = truncate_logits(normal(generator, *mask.shape, 5, scale=3.0), top_k=top_k, top_p=1.0)
-    found = entropy(logits, temperature=temperature)
-    expected = [scalar("entropy")(row, temperature) for row in logits.reshape(-1, 5).tolist()]
-    torch.testing.assert_close(found.flatten().tolist(), expected, rtol=0.0, atol=1e-9)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@given(batch=ragged(), top_k=st.integers(2, 5))
-def test_H2_gradient_in_closed_form_and_zero_at_minus_infinity(
-    temperature: float, batch: tuple[Tensor, Generator], top_k: int
-) -> None:
-    mask, generator = batch
-    logits = truncate_logits(normal(generator, *mask.shape, 5), top_k=top_k, top_p=1.0).requires_grad_()
-    gradient = slope(entropy(logits, temperature=temperature), logits)
-    probs = (logits.detach() / temperature).softmax(-1)
-    log_probs = probs.clamp(min=1e-300).log()
-    value = -(probs * log_probs).sum(-1, keepdim=True)
-    torch.testing.assert_close(gradient, -probs * (log_probs + value) / temperature, rtol=0.0, atol=1e-12)
-    assert not gradient[probs == 0].any() and gradient[probs > 0].any()
-
-
-def test_H2_gradcheck() -> None:
-    logits = normal(torch.Generator().manual_seed(5), 3, 4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: entropy(z, temperature=0.7), logits)
-
-
-@pytest.mark.parametrize("vocabulary", [1, 2, 7])
-def test_H3_between_zero_and_log_vocabulary(vocabulary: int) -> None:
-    assert entropy(torch.full((vocabulary,), -2.5)).item() == pytest.approx(math.log(vocabulary), abs=1e-6)
-    single = torch.full((vocabulary,), -torch.inf)
-    single[-1] = 3.0
-    assert entropy(single).item() == 0.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_H4_constants_and_extremes(dtype: torch.dtype) -> None:
-    logits = torch.tensor([[1e4, -1e4, 1e4], [1e4 + 1, 1e4, -torch.inf]], dtype=dtype, requires_grad=True)
-    found = entropy(logits)
-    expected = [math.log(2), scalar("entropy")([1.0, 0.0])]
-    assert found.tolist() == pytest.approx(expected, rel=1e-6) and slope(found, logits).isfinite().all()
-
-
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.8)])
-@given(seed=st.integers(0, 2**31))
-def test_H5_it_is_the_mean_negative_log_probability(top_k: int, top_p: float, seed: int) -> None:
-    logits = normal(torch.Generator().manual_seed(seed), 5, scale=2.0)
-    scaled = truncate_logits(logits / 1.7, top_k=top_k, top_p=top_p)
-    ids = (scaled > -torch.inf).nonzero()[:, 0]
-    logps = token_logps(logits.expand(len(ids), 5), ids, temperature=1.7, top_k=top_k, top_p=top_p)
-    assert entropy(scaled).item() == pytest.approx(-(logps.exp() * logps).sum().item(), abs=1e-12)
+@given(batch=ragged(), data=st.data())
+def test_OS7_any_split_gives_the_gradient_of_the_step(batch: Batch, data: st.DataObject) -> None:
+    logps, _, advantages = drawn(batch)
+    owner = torch.tensor([data.draw(st.integers(0, 2)) for _ in logps])
+    check_split(off_policy_shaped_loss, (logps, advantages), owner)
 
 
 ONES = torch.ones(2, 3)
 
 
+def surrogate(ratio: Tensor = ONES, advantages: Tensor = ONES, **options: float) -> Tensor:
+    return clipped_surrogate_loss(ratio, advantages, **(CLIP | options))
+
+
+def weighted(logps: Tensor = ONES, ratio: Tensor = ONES, **options: float) -> Tensor:
+    return cispo_loss(logps, ratio, ONES, **(CLIP | options))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: policy_ratio(ONES, ONES[:1]), r"logps \(2, 3\), old_logps \(1, 3\)"),
-        (lambda: clipped_surrogate_loss(ONES, ONES, ONES[:, :1], **CLIP), r"advantages \(2, 1\)"),
+        (lambda: reinforce_loss(ONES, ONES[:1]), r"logps \(2, 3\), advantages \(1, 3\)"),
+        (lambda: reinforce_loss(ONES.long(), ONES), "logps must be floating point, got torch.int64"),
+        (lambda: surrogate(advantages=ONES[:, :1]), r"ratio \(2, 3\), advantages \(2, 1\)"),
+        (lambda: surrogate(ONES.bool()), "ratio must be floating point, got torch.bool"),
+        (lambda: surrogate(clip_low=0.0), r"clip_low must lie in \(0.0, 1.0\], got 0.0"),
+        (lambda: surrogate(clip_low=1.2), r"clip_low must lie in \(0.0, 1.0\], got 1.2"),
+        (lambda: surrogate(clip_high=-0.2), r"clip_high must lie in \(0.0, inf\], got -0.2"),
+        (lambda: surrogate(clip_high=math.nan), r"clip_high must lie in \(0.0, inf\], got nan"),
+        (lambda: surrogate(dual_clip=1.0), r"dual_clip must lie in \(1.0, inf\], got 1.0"),
+        (lambda: surrogate(dual_clip=0.0), r"dual_clip must lie in \(1.0, inf\], got 0.0"),
+        (lambda: weighted(ratio=ONES[:1]), r"logps \(2, 3\), ratio \(1, 3\)"),
+        (lambda: weighted(ONES.long()), "logps must be floating point, got torch.int64"),
+        (lambda: weighted(clip_low=0.0), r"clip_low must lie in \(0.0, 1.0\], got 0.0"),
+        (lambda: weighted(clip_high=0.0), r"clip_high must lie in \(0.0, inf\], got 0.0"),
+        (lambda: off_policy_shaped_loss(ONES, ONES[:, :2]), r"logps \(2, 3\), advantages \(2, 2\)"),
+        (lambda: off_policy_shaped_loss(ONES.long(), ONES), "logps must be floating point, got torch.int64"),
         (
-            lambda: clipped_surrogate_loss(ONES, ONES, ONES, clip_low=0.0, clip_high=0.2),
-            r"clip_low must lie in \(0.0, 1.0\], got 0.0",
-        ),
-        (
-            lambda: clipped_surrogate_loss(ONES, ONES, ONES, clip_low=1.2, clip_high=0.2),
-            r"clip_low must lie in \(0.0, 1.0\], got 1.2",
-        ),
-        (
-            lambda: clipped_surrogate_loss(ONES, ONES, ONES, clip_low=0.2, clip_high=-0.2),
-            r"clip_high must be positive and finite, got -0.2",
-        ),
-        (lambda: kl_estimate(ONES, ONES[:, :2], kind="k1"), r"logps \(2, 3\), ref_logps \(2, 2\)"),
-        (lambda: kl_estimate(ONES, ONES, kind="k4"), r"kind must be one of 'k1', 'k2', 'k3', got 'k4'"),
-        (lambda: entropy(ONES, temperature=-1.0), r"temperature must be positive and finite, got -1.0"),
-        (
-            lambda: entropy(torch.zeros(2, 0)),
-            r"logits must end in a vocabulary dimension, got shape \(2, 0\)",
+            lambda: off_policy_shaped_loss(ONES, ONES, shaping_gamma=0.0),
+            "shaping_gamma must be positive and finite, got 0.0",
         ),
     ],
 )
