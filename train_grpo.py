@@ -1,18 +1,18 @@
 """Group relative policy optimisation: sample G answers a prompt, score them, push each against its group.
 
-    A_i = r_i − mean(r₁…r_G)                   baseline: the group (F21; std: F22, leave-one-out: F23)
-    ρ_t = exp(log π_θ(y_t) − log π_old(y_t))   ratio: one a token
+    A_i = r_i − mean(r₁…r_G)                   baseline: the group (F21; others: F22, F23, F24)
+    ρ_t = exp(log π_θ(y_t) − log π_old(y_t))   ratio: one a token (F27), or one a sequence (F32)
     L   = (1/N) Σ_i Σ_t −min(ρ_t A_i, clip(ρ_t, 1−ε_low, 1+ε_high) A_i) + β·KL(π_θ ‖ π_ref)   (F27, F29, F30)
 
-π_old is the sampler, under the very distribution it sampled from; a verifier gives r. The variants of the
-field are choices of four knobs: --baseline, --clip-low and --clip-high, --aggregation, --beta and --kl.
+π_old is the sampler, under the very distribution it sampled from; a verifier gives r. --loss NAME is a row of
+the table of variants: `python -m nanopost.losses.variants` prints GRPO, Dr. GRPO, DAPO, GSPO, RLOO, CISPO, …
 
     python train_grpo.py --model runs/sft/model --data gsm8k/train.jsonl --verifier gsm8k --out runs/grpo
     torchrun --nproc-per-node 8 train_grpo.py --model runs/sft/model --data gsm8k/train.jsonl --verifier gsm8k
 
-Delta to DeepSeekMath (Shao et al. 2024, eq. 3): by default no division by the group's standard deviation, a
-mean over all tokens of the step instead of one per answer, a wider upper clip (DAPO, Yu et al. 2025) and no
-KL term; --baseline group_std --aggregation sequence_mean --clip-high 0.2 --beta 0.04 gives theirs.
+Delta to DeepSeekMath (Shao et al. 2024, eq. 3), which is --loss grpo: no division by the group's standard
+deviation, a mean over all tokens of the step instead of one per answer, a wider upper clip and no KL term.
+--loss dapo --resample 3 --overlong-cache 64 is DAPO with its sampling (Yu et al. 2025).
 """
 
 import time
@@ -22,37 +22,31 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanopost import checkpoint, config, distributed, metrics, optim
 from nanopost.data.chat import copy_chat, decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
+from nanopost.evals.rollouts import completion_logps, rollout_record, trace
 from nanopost.losses import (
     aggregate,
-    clipped_surrogate_loss,
-    group_advantages,
+    informative_groups,
     kl_estimate,
-    leave_one_out_advantages,
     local_denom,
+    overlong_penalty,
     policy_ratio,
 )
+from nanopost.losses.variants import choose, policy_values, token_advantages
 from nanopost.models.weights import load_config, load_model, save_model
 from nanopost.report import write_report
 from nanopost.rewards.math import gsm8k, math_reward
 from nanopost.rollout.sampler import row_uniforms, sample
-from nanopost.rollout.types import Rollout
 from nanopost.worlds import ledger
 
 VERIFIERS = {"gsm8k": gsm8k, "math": math_reward, "ledger": ledger.verify}
 Task = tuple[list[int], Record]  # the prompt's tokens, and the record they come from
-BASELINES = {
-    "group_mean": lambda rewards, size: group_advantages(rewards, group_size=size, scale="none"),
-    "group_std": lambda rewards, size: group_advantages(
-        rewards, group_size=size, scale="std", ddof=1, eps=1e-4
-    ),
-    "leave_one_out": lambda rewards, size: leave_one_out_advantages(rewards, group_size=size),
-}
 
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
@@ -74,12 +68,16 @@ class Config:
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     slots: int = 256  # rows decoded at a time
-    baseline: Literal["group_mean", "group_std", "leave_one_out"] = "group_mean"  # what a sample must beat
-    clip_low: float = 0.2  # ε below: the ratio is clipped at 1 − ε
-    clip_high: float = 0.28  # ε above: the ratio is clipped at 1 + ε
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"  # reduce
-    beta: float = 0.0  # weight of the KL to the reference in the loss
-    kl: Literal["k1", "k2", "k3"] = "k3"  # its estimator
+    loss: str = (
+        "nanopost"  # row of the variants: grpo dr_grpo dapo gspo cispo rloo reinforce reinforce++ luffy
+    )
+    clip_low: float | None = None  # ε below: the ratio is clipped at 1 − ε; default: the row's
+    clip_high: float | None = None  # ε above: the ratio is clipped at 1 + ε; default: the row's
+    beta: float | None = (
+        None  # weight of the KL to the reference, placed where the row says; default: the row's
+    )
+    resample: int = 0  # times that groups of equal rewards are drawn again (DAPO's dynamic sampling)
+    overlong_cache: int = 0  # last tokens before the limit that are penalised softly (DAPO); 0: off
     lr: float = 1e-6  # peak learning rate
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # decay after the warm-up
     warmup: int = 0  # rollout batches of linear warm-up
@@ -105,12 +103,15 @@ def main(cfg: Config) -> None:
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
         shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
         raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")
+    variant = choose(cfg.loss, clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta)
+    traces = variant.surrogate == "traces"  # the last sample of a group is the record's own answer
+    if variant.baseline == "critic" or cfg.group_size <= traces:
+        raise ValueError(f"loss={cfg.loss} needs a critic, or more samples than group_size={cfg.group_size}")
     chat = load_chat(cfg.model)
     run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     verify = VERIFIERS[cfg.verifier]
-
     longest = load_config(cfg.model).max_position_embeddings - cfg.max_new_tokens
 
     def task_of(record: Record) -> Task:
@@ -127,6 +128,7 @@ def main(cfg: Config) -> None:
         return ids, record
 
     train = [task_of(record) for record in read_jsonl(cfg.data)]
+    _ = [trace(chat, record) for _, record in train if traces]  # each has an answer, or says where not
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
@@ -146,26 +148,31 @@ def main(cfg: Config) -> None:
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     scope = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
 
-    def rollout(step: int, tasks: list[Task], places: list[int], size: int, scope: dict) -> list[Rollout]:
-        """`size` completions of each task; `places` number the tasks in the step, over all ranks."""
-        count = cfg.max_new_tokens
-        uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
+    def rollout(step: int, tasks: list[Task], places: list[int], size: int, scope: dict) -> list[tuple]:
+        """`size` (record, rollout, text, verdict) a task; `places` number the tasks of a step, over ranks."""
+        sampled, count = size - (traces and size > 1), cfg.max_new_tokens
+        uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=sampled, count=count)
         options = {"stop_ids": chat.stop_ids, "max_new_tokens": count, "slots": cfg.slots}
-        options |= {"group_size": size, "uniforms": uniforms, **scope}
-        bar = metrics.progress(range(len(tasks) * size), desc="rollout")
+        options |= {"group_size": sampled, "uniforms": uniforms, **scope}
+        bar = metrics.progress(range(len(tasks) * sampled), desc="rollout")
         with distributed.gathered(policy):
-            done = sample(policy, [ids for ids, _ in tasks], finished=bar.update, **options)
+            done = iter(sample(policy, [ids for ids, _ in tasks], finished=bar.update, **options))
         bar.close()
-        return done
+        start, judged = time.perf_counter(), []
+        for _, record in metrics.progress(tasks, desc="verify"):
+            for k in range(size):
+                r = next(done) if k < sampled else trace(chat, record)
+                text = decode(chat, r.completion_ids)
+                judged.append((record, r, text, verify(text, record.answer)))
+        clock["verify_s"] += time.perf_counter() - start
+        return judged
 
     # ---- 7 Evaluation --------------------------------------------------------------------------------------
     def evaluate(step: int) -> dict[str, float]:
         """Greedy score, length and verdict parts on the held-out prompts."""
         places = distributed.shard_rows(range(len(held_out)))
-        mine = [held_out[place] for place in places]
-        rollouts = rollout(step, mine, places, 1, {"temperature": 0.0})
-        texts = [decode(chat, r.completion_ids) for r in rollouts]
-        verdicts = [verify(text, record.answer) for text, (_, record) in zip(texts, mine, strict=True)]
+        judged = rollout(step, [held_out[place] for place in places], places, 1, {"temperature": 0.0})
+        rollouts, verdicts = [r for _, r, _, _ in judged], [verdict for *_, verdict in judged]
         parts = verify("", held_out[0][1].answer).parts  # their names
         totals = distributed.all_sum(
             {
@@ -179,80 +186,90 @@ def main(cfg: Config) -> None:
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps")
     distributed.main_print("loss is near 0, its gradient is not: a group's advantages sum to 0; watch reward")
+    size, clock = cfg.group_size, {}
+    own = torch.arange(cfg.prompts_per_step // ranks * size) % size < size - traces  # not the traces
     for step in range(first, cfg.steps):
-        start = time.perf_counter()
+        start, clock["verify_s"] = time.perf_counter(), 0.0
         optim.set_lr(optimizer, learning_rate(step))
-        chosen = step_indices(seed=cfg.seed, step=step, batch_size=cfg.prompts_per_step, size=len(train))
         places = distributed.shard_rows(range(cfg.prompts_per_step))
-        mine = [train[chosen[place]] for place in places]
-        rollouts = rollout(step, mine, places, cfg.group_size, scope)
-        sampled = time.perf_counter()
+        groups, waiting = {}, list(range(len(places)))  # a group's number -> its samples; groups to draw
+        for attempt in range(1 + cfg.resample):
+            draw = step + attempt * cfg.steps  # a further draw takes its prompts from a later epoch
+            chosen = step_indices(seed=cfg.seed, step=draw, batch_size=cfg.prompts_per_step, size=len(train))
+            tasks = [train[chosen[places[i]]] for i in waiting]
+            drawn = rollout(draw, tasks, [places[i] for i in waiting], size, scope)
+            groups |= {i: drawn[n * size : (n + 1) * size] for n, i in enumerate(waiting)}
+            samples = [row for i in range(len(places)) for row in groups[i]]
+            rewards = torch.tensor([verdict.score for *_, verdict in samples], dtype=torch.float64)
+            informative = informative_groups(rewards, group_size=size)[::size].tolist()
+            waiting = [i for i, kept in enumerate(informative) if not kept]
+            if not distributed.all_sum(len(waiting)):
+                break
+        clock["rollout_s"] = time.perf_counter() - start - clock["verify_s"]
 
-        rows = [record for _, record in mine for _ in range(cfg.group_size)]
-        texts = [decode(chat, r.completion_ids) for r in rollouts]
-        judged = metrics.progress(list(zip(texts, rows, strict=True)), desc="verify")
-        verdicts = [verify(text, row.answer) for text, row in judged]
-        rewards = torch.tensor([verdict.score for verdict in verdicts], dtype=torch.float64)
-        advantages = BASELINES[cfg.baseline](rewards, cfg.group_size)
-        verified = time.perf_counter()
+        old_logps, completions = [r.old_logps for _, r, *_ in samples], [r.sample for _, r, *_ in samples]
+        ref_logps = completion_logps(reference, completions, micro_batch=cfg.micro_batch, **scope)
+        padded = [pad_sequence(logps, batch_first=True) for logps in (old_logps, ref_logps)]
+        lengths = torch.tensor([len(logps) for logps in old_logps])
+        if cfg.overlong_cache:
+            rewards += overlong_penalty(lengths, max_tokens=cfg.max_new_tokens, cache=cfg.overlong_cache)
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        pull = token_advantages(variant, rewards, *padded, mask, group_size=size, total=distributed.all_sum)
+        pull = [row[kept] for row, kept in zip(pull, mask, strict=True)]
 
         sums, norms = dict.fromkeys(("loss", "clipped", "kl_old", "kl_ref", "tokens"), 0.0), []
-        per_update = len(rollouts) // cfg.minibatches
+        share = len(samples) // cfg.minibatches
         for update in range(cfg.minibatches):
-            picked = list(range(update * per_update, (update + 1) * per_update))
-            picked.sort(key=lambda i: len(rollouts[i].sample.ids))  # alike in length: less padding
-            parts = [picked[i : i + cfg.micro_batch] for i in range(0, per_update, cfg.micro_batch)]
-            batches = [collate([rollouts[i].sample for i in part], device=device) for part in parts]
-            counts = {"mode": cfg.aggregation, "max_tokens": cfg.max_new_tokens}
+            rows = range(update * share, (update + 1) * share)
+            rows = sorted(rows, key=lambda i: len(completions[i].ids))  # alike in length: less padding
+            parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
+            batches = [collate([completions[i] for i in part], device=device) for part in parts]
+            counts = {"mode": variant.aggregation, "max_tokens": cfg.max_new_tokens}
             denom = distributed.all_sum(sum(local_denom(b.completion_mask, **counts) for b in batches))
             for part, batch in metrics.progress(list(zip(parts, batches, strict=True)), desc="train"):
                 mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
-                old_logps = spread([rollouts[i].old_logps for i in part], mask)
                 logps = policy.logps(*ids, position_ids=batch.position_ids, **scope)
-                with torch.no_grad():
-                    ref_logps = reference.logps(*ids, position_ids=batch.position_ids, **scope)
-                pull = advantages[part].to(logps)[:, None].expand_as(logps)
-                clip = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
-                surrogate = clipped_surrogate_loss(logps, old_logps, pull, **clip)
-                values = surrogate + cfg.beta * kl_estimate(logps, ref_logps, kind=cfg.kl)
-                loss = aggregate(values, mask, mode=cfg.aggregation, denom=denom)
+                per_token = (old_logps, ref_logps, pull)
+                old, ref, pulled = (spread([x[i] for i in part], mask).to(logps) for x in per_token)
+                ours = own[part].to(device)
+                values = policy_values(variant, logps, old, ref, pulled, mask, traces=~ours)
+                loss = aggregate(values, mask, mode=variant.aggregation, denom=denom)
                 loss.backward()
                 with torch.no_grad():
-                    # the minimum took the clipped side
-                    clipped = surrogate > -policy_ratio(logps, old_logps) * pull
+                    seen, ratio = mask & ours[:, None], policy_ratio(logps, old, mask, level=variant.ratio)
+                    high, low = ratio > 1 + variant.clip_high, ratio < 1 - variant.clip_low
+                    clipped = (high & (pulled > 0)) | (low & (pulled < 0))
                     sums["loss"] += float(loss) / cfg.minibatches
-                    sums["clipped"] += float(clipped[mask].sum())
-                    sums["kl_old"] += float(kl_estimate(logps, old_logps, kind="k3")[mask].sum())
-                    sums["kl_ref"] += float(kl_estimate(logps, ref_logps, kind="k3")[mask].sum())
-                    sums["tokens"] += float(mask.sum())
+                    sums["clipped"] += float(clipped[seen].sum())
+                    sums["kl_old"] += float(kl_estimate(logps, old, kind="k3")[seen].sum())
+                    sums["kl_ref"] += float(kl_estimate(logps, ref, kind="k3")[seen].sum())
+                    sums["tokens"] += float(seen.sum())
             norms.append(optim.clip_grad_norm(policy, cfg.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        trained = time.perf_counter()
+        clock["train_s"] = time.perf_counter() - start - clock["rollout_s"] - clock["verify_s"]
 
-        names = verdicts[0].parts
+        ours = [(r, verdict) for (_, r, _, verdict), kept in zip(samples, own, strict=True) if kept]
+        names = ours[0][1].parts
         totals = distributed.all_sum(
             {
-                "rows": len(rollouts),
-                "groups": len(mine),
-                "reward": rewards.sum(),
-                "flat": (advantages.view(len(mine), -1) == 0).all(1).sum(),
-                "stopped": sum(r.finish_reason == "stop" for r in rollouts),
-                "entropy": sum(float(r.entropies.sum()) for r in rollouts),
-                **{f"part {name}": sum(verdict.parts[name] for verdict in verdicts) for name in names},
+                "rows": len(ours),
+                "waiting": len(waiting),
+                "reward": sum(verdict.score for _, verdict in ours),
+                "stopped": sum(r.finish_reason == "stop" for r, _ in ours),
+                "entropy": sum(float(r.entropies.sum()) for r, _ in ours),
+                **{f"part {name}": sum(verdict.parts[name] for _, verdict in ours) for name in names},
                 **sums,
             }
         )
         line = {
             **{name: totals[name] / totals["rows"] for name in ("reward", "stopped")},
-            "no_signal": totals["flat"] / totals["groups"],
+            "no_signal": totals["waiting"] / cfg.prompts_per_step,
             "length": totals["tokens"] / totals["rows"],
             **{name: totals[name] / totals["tokens"] for name in ("clipped", "entropy", "kl_old", "kl_ref")},
             "loss": totals["loss"],
             "grad_norm": max(norms),
-            "rollout_s": sampled - start,
-            "verify_s": verified - sampled,
-            "train_s": trained - verified,
+            **clock,
         }
         last = step + 1 == cfg.steps
         if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
@@ -262,23 +279,9 @@ def main(cfg: Config) -> None:
         line = {name: value for name, value in line.items() if name.removeprefix("eval_") not in names}
         distributed.main_print(metrics.format_line(step, cfg.steps, line))
         if last or (cfg.rollouts_every and step % cfg.rollouts_every == 0):
-            every = zip(rows, rollouts, texts, verdicts, advantages.tolist(), strict=True)
-            samples = [
-                {
-                    "line": row.line,
-                    "prompt": decode(chat, r.prompt_ids),
-                    "completion": text,
-                    "tokens": [decode(chat, [token]) for token in r.completion_ids],
-                    "old_logps": [round(logp, 5) for logp in r.old_logps.tolist()],
-                    "finish": r.finish_reason,
-                    "score": verdict.score,
-                    "parts": dict(verdict.parts),
-                    "reason": verdict.reason,
-                    "advantage": advantage,
-                }
-                for row, r, text, verdict, advantage in every
-            ]
-            metrics.write_rollouts(run, step, samples)
+            means = [float(advantage.mean()) for advantage in pull]
+            told = [rollout_record(chat, *row, mean) for row, mean in zip(samples, means, strict=True)]
+            metrics.write_rollouts(run, step, told)
         if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
             checkpoint.save_state(run, step + 1, policy, optimizer)
 

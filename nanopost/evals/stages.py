@@ -7,13 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nanopost.data.chat import Chat, decode, load_chat, prompt_ids, prompt_messages
-from nanopost.data.collate import collate, spread
 from nanopost.data.schema import Record
 from nanopost.evals.accuracy import mean_length, rate, refusal_precision, refusal_recall
-from nanopost.losses import kl_estimate
+from nanopost.evals.rollouts import completion_logps
 from nanopost.models.llama import Llama
 from nanopost.models.weights import load_model
 from nanopost.rewards.verdict import Verdict
@@ -40,19 +37,14 @@ def complete(
     )
 
 
-@torch.no_grad()
 def sequence_kl(model: Llama, rollouts: Sequence[Rollout]) -> float:
     """KL(π ‖ π_model) of whole completions, in nats; `rollouts` are what π sampled at temperature 1.
 
     Mean over completions of Σ_t k1 (F29): unbiased, so near 0 it may fall below 0 by chance.
     """
-    total = 0.0
-    for part in (rollouts[i : i + 64] for i in range(0, len(rollouts), 64)):
-        batch = collate([rollout.sample for rollout in part])
-        old_logps = spread([rollout.old_logps for rollout in part], batch.completion_mask)
-        k1 = kl_estimate(old_logps, model.logps(batch.input_ids, batch.target_ids), kind="k1")
-        total += float(k1[batch.completion_mask].sum())
-    return total / len(rollouts)
+    logps = completion_logps(model, [rollout.sample for rollout in rollouts])
+    pairs = zip(rollouts, logps, strict=True)
+    return sum(float((rollout.old_logps - scored).sum()) for rollout, scored in pairs) / len(rollouts)
 
 
 def stage_row(

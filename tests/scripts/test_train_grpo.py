@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanopost import metrics
+from nanopost.losses.variants import VARIANTS
 from tests.ranks import run_script
 from tests.tiny import hub_folder
 
@@ -101,7 +102,7 @@ def test_written_rollouts_are_whole_groups_whose_advantages_sum_to_zero(start, t
             assert (row["advantage"] > 0) <= (row["score"] > 0)
 
 
-@pytest.mark.parametrize("flags", [[], ["--minibatches", "2", "--beta", "0.1", "--baseline", "group_std"]])
+@pytest.mark.parametrize("flags", [[], ["--minibatches", "2", "--loss", "reinforce++", "--resample", "2"]])
 def test_resume_continues_bit_for_bit(start, tmp_path, flags):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     for run in (straight, cut):
@@ -115,11 +116,16 @@ def test_resume_continues_bit_for_bit(start, tmp_path, flags):
     assert metrics.read_rollouts(cut, 3) == metrics.read_rollouts(straight, 3)
 
 
-def test_micro_batches_and_ranks_change_nothing(start, tmp_path):
+@pytest.mark.parametrize(
+    "variant",
+    [["--loss", "grpo", "--beta", "0.05"], ["--loss", "reinforce++", "--beta", "0.05", "--resample", "1"]],
+    ids=lambda flags: flags[1],
+)
+def test_micro_batches_and_ranks_change_nothing(start, tmp_path, variant):
     """Whole steps, sampling included: lengths differ between ranks, the step does not; nor does an evaluation
     in which one rank has no share."""
     one = write_lines(tmp_path / "one.jsonl", [json.loads(start[1].read_text().splitlines()[0])])
-    flags = ["--temperature", "1.3", "--top-k", "20", "--beta", "0.05", "--kl", "k2", "--eval-data", str(one)]
+    flags = [*variant, "--temperature", "1.3", "--top-k", "20", "--eval-data", str(one)]
     train(start, tmp_path / "one", *flags)
     train(start, tmp_path / "micro", *flags, "--micro-batch", "5")
     train(start, tmp_path / "slots", *flags, "--slots", "3")
@@ -143,6 +149,79 @@ def test_a_record_drawn_twice_in_a_step_is_sampled_twice(start, tmp_path):
     assert len({row["prompt"] for row in rows}) == 2 and len(groups) == 8
 
 
+@pytest.mark.parametrize("variant", ["rloo", "dr_grpo", "gspo", "cispo", "reinforce"])
+def test_a_variant_is_a_row_of_the_table(start, tmp_path, variant):
+    """The first step has the same rollouts under every row, and its own gradient."""
+    train(start, tmp_path / "default", "--steps", "1")
+    train(start, tmp_path / variant, "--steps", "1", "--loss", variant)
+    ours, theirs = (records(tmp_path / name)[0] for name in ("default", variant))
+    assert ours["reward"] == theirs["reward"] and ours["kl_ref"] == theirs["kl_ref"]
+    assert theirs["grad_norm"] > 0 and theirs["grad_norm"] != pytest.approx(ours["grad_norm"], rel=1e-3)
+
+
+def test_dapo_draws_groups_without_signal_again(start, tmp_path):
+    """A cool policy often answers alike."""
+    flags = ["--loss", "dapo", "--temperature", "0.1", "--steps", "1"]
+    train(start, tmp_path / "once", *flags)
+    train(start, tmp_path / "again", *flags, "--resample", "3")
+    once, again = (metrics.read_rollouts(tmp_path / name, 0) for name in ("once", "again"))
+    flat = [record["no_signal"] for name in ("once", "again") for record in records(tmp_path / name)]
+    assert flat[1] < flat[0]
+    for i in range(0, 32, 4):
+        group = once[i : i + 4]
+        if len({row["score"] for row in group}) > 1:  # a group with a signal is kept
+            assert again[i : i + 4] == group
+
+
+def test_the_overlong_penalty_is_part_of_the_reward(start, tmp_path):
+    """F33 with L_max 3 and L_cache 2: nothing for one token, −½ for two, −1 for three."""
+    flags = ["--steps", "1", "--temperature", "3", "--max-new-tokens", "3", "--overlong-cache", "2"]
+    train(start, tmp_path / "run", *flags)
+    rows = metrics.read_rollouts(tmp_path / "run", 0)
+    assert {len(row["tokens"]) for row in rows} >= {2, 3}
+    for i in range(0, 32, 4):
+        rewards = [row["score"] - (len(row["tokens"]) - 1) / 2 for row in rows[i : i + 4]]
+        for row, reward in zip(rows[i : i + 4], rewards, strict=True):
+            assert row["advantage"] == pytest.approx(reward - sum(rewards) / 4, abs=1e-12)
+
+
+def test_luffy_learns_from_the_records_own_answers(start, tmp_path):
+    model, _ = start
+    prompts = [
+        [{"role": "user", "content": a}, {"role": "assistant", "content": "7"}] for a in ("add", "one", "two")
+    ]
+    data = write_lines(tmp_path / "rl.jsonl", [{"messages": chat, "answer": "7"} for chat in prompts])
+    train((model, data), tmp_path / "run", "--loss", "luffy", "--rollouts-every", "1")
+    for step in range(4):
+        rows = metrics.read_rollouts(tmp_path / "run", step)
+        for i in range(0, 32, 4):
+            *own, trace = rows[i : i + 4]
+            assert (
+                trace["score"] == 1.0 and not any(trace["old_logps"]) and trace["completion"].startswith("7")
+            )
+            assert all(any(row["old_logps"]) for row in own)
+        own = [row["score"] for i, row in enumerate(rows) if i % 4 < 3]
+        assert records(tmp_path / "run")[step]["reward"] == pytest.approx(sum(own) / len(own))
+    with pytest.raises(AssertionError, match=r"loss=luffy needs .* more samples than group_size=1"):
+        train((model, data), tmp_path / "small", "--loss", "luffy", "--group-size", "1")
+    with pytest.raises(AssertionError, match=r"rl\.jsonl:1: the record has no assistant turn"):
+        train(start, tmp_path / "none", "--loss", "luffy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "ppo"])
+def test_every_variant_learns(start, tmp_path, variant):
+    """From a coin's toss to the right answer."""
+    model, data = start
+    chats = [json.loads(line) for line in data.read_text().splitlines()]
+    chats = [{**c, "messages": [*c["messages"], {"role": "assistant", "content": "7"}]} for c in chats]
+    data = write_lines(tmp_path / "rl.jsonl", chats)
+    lr = {"reinforce": "1e-3", "luffy": "1e-2", "dr_grpo": "1e-2"}.get(variant, "3e-3")
+    train((model, data), tmp_path / "run", "--loss", variant, "--steps", "60", "--lr", lr)
+    told = records(tmp_path / "run")
+    assert told[0]["reward"] < 0.7 and told[-1]["reward"] > 0.9
+
+
 def test_off_policy_minibatches_move_away_from_the_sampler(start, tmp_path):
     train(start, tmp_path / "run", "--minibatches", "4", "--lr", "3e-2")
     assert max(record["clipped"] for record in records(tmp_path / "run")) > 0
@@ -161,6 +240,12 @@ def test_bad_input_is_named(start, tmp_path):
     data.write_text("\n".join(lines) + "\n")
     with pytest.raises(AssertionError, match=r"rl\.jsonl:3: the prompt has \d+ tokens, 250 leave room"):
         train((model, data), tmp_path / "run")
+    with pytest.raises(AssertionError, match=r"loss must be one of 'reinforce', .*, got 'trpo'"):
+        train(start, tmp_path / "other", "--loss", "trpo")
+    with pytest.raises(AssertionError, match=r"beta must not be given: dapo has no such term, got 0.1"):
+        train(start, tmp_path / "other", "--loss", "dapo", "--beta", "0.1")
+    with pytest.raises(AssertionError, match="loss=ppo needs a critic"):
+        train(start, tmp_path / "other", "--loss", "ppo")
     with pytest.raises(AssertionError, match=r"prompts_per_step=8 must be a multiple of ranks × minibatches"):
         train(start, tmp_path / "other", "--minibatches", "3")
 

@@ -1,0 +1,79 @@
+"""What training does with completions once they are there: score them under a model, write them down."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanopost.data.chat import Chat, decode, record_samples
+from nanopost.data.collate import collate
+from nanopost.data.schema import Record, Sample
+from nanopost.models.llama import Llama
+from nanopost.rewards.verdict import Verdict
+from nanopost.rollout.types import Rollout
+
+
+@torch.no_grad()
+def completion_logps(
+    model: Llama,
+    samples: Sequence[Sample],
+    *,
+    micro_batch: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> list[Tensor]:
+    """The log-prob of every supervised token of each sample, in nats, on the CPU; samples keep their order.
+
+    Args:
+        model: a policy or a reference. Over several processes each must have as many samples as the others.
+        samples: ids and mask, as a rollout or a record has them.
+        micro_batch: samples a forward pass; samples alike in length share one, which changes nothing else.
+        temperature, top_k, top_p: the distribution to score under: the one that was sampled from.
+
+    Returns:
+        One tensor a sample, as long as its mask has ones.
+
+    Raises:
+        ValueError: a sample that `collate` refuses, or a distribution that `token_logps` refuses.
+    """
+    ranked = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
+    device, logps = next(model.parameters()).device, dict[int, Tensor]()
+    for part in (ranked[i : i + micro_batch] for i in range(0, len(ranked), micro_batch)):
+        batch = collate([samples[i] for i in part], device=device)
+        mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        scored = model.logps(*ids, position_ids=batch.position_ids, **options)
+        logps |= zip(part, scored[mask].cpu().split(mask.sum(dim=1).tolist()), strict=True)
+    return [logps[i] for i in range(len(samples))]
+
+
+def trace(chat: Chat, record: Record) -> Rollout:
+    """A record's own answer as a rollout, though no policy of ours sampled it: π_old is taken as 1 (LUFFY).
+
+    Returns: a rollout whose old log-probs are 0, stop token included.
+    Raises: ValueError with file and line when the record has no assistant turn.
+    """
+    sample = record_samples(chat, record)[-1]
+    ids = tuple(token for token, trained in zip(sample.ids, sample.mask, strict=True) if trained)
+    old_logps, entropies = torch.zeros(2, len(ids))
+    return Rollout(sample.ids[: sample.mask.index(True)], ids, old_logps, entropies, "stop")
+
+
+def rollout_record(
+    chat: Chat, record: Record, rollout: Rollout, text: str, verdict: Verdict, advantage: float
+) -> dict[str, Any]:
+    """A completion as a run folder keeps it: text, tokens, log-probs, verdict and mean advantage."""
+    return {
+        "line": record.line,
+        "prompt": decode(chat, rollout.prompt_ids),
+        "completion": text,
+        "tokens": [decode(chat, [token]) for token in rollout.completion_ids],
+        "old_logps": [round(logp, 5) for logp in rollout.old_logps.tolist()],
+        "finish": rollout.finish_reason,
+        "score": verdict.score,
+        "parts": dict(verdict.parts),
+        "reason": verdict.reason,
+        "advantage": advantage,
+    }

@@ -1,0 +1,189 @@
+"""The policy-gradient family as one table: a variant is a row of five choices, and nothing else.
+
+    baseline     what a completion's reward is compared with
+    ratio        π_θ/π_old of each token, or one for the whole sequence
+    surrogate    what the clip does with it
+    aggregation  how per-token losses become one number (`aggregate`)
+    kl           where the pull to the reference enters: the loss (k3), the reward (k1), nowhere
+
+Read the rows side by side: that is the lesson. `token_advantages` and `policy_values` compute a row from the
+functions of this room; `train_grpo.py --loss NAME` trains with it.
+
+    python -m nanopost.losses.variants                        the table
+    python -m nanopost.losses.variants --compare rollout.json  how each variant weighs each token of a rollout
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .advantages import group_advantages, leave_one_out_advantages, whiten
+from .checks import check_choice, check_groups, check_mask
+from .kl import kl_estimate
+from .likelihood import sequence_logps
+from .policy import cispo_loss, clipped_surrogate_loss, off_policy_shaped_loss, reinforce_loss
+from .ratio import policy_ratio
+from .returns import gae, kl_shaped_rewards, reward_to_go
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table; ε and β are the source's numbers."""
+
+    name: str
+    baseline: str  # none, group_mean, group_std, leave_one_out, batch (whitened), critic (GAE)
+    ratio: str  # token, sequence
+    surrogate: str  # log_prob, clip, weight (CISPO), traces (LUFFY)
+    clip_low: float  # 1: no lower bound
+    clip_high: float  # infinite: no upper bound
+    aggregation: str  # a mode of `aggregate`
+    kl: str  # none, loss (k3), reward (k1)
+    beta: float  # weight of the KL
+    source: str
+
+
+NO = 1.0, math.inf
+ROWS = [  # name, baseline, ratio, surrogate, ε_low, ε_high, aggregation, kl, β, source
+    Variant("reinforce", "none", "token", "log_prob", *NO, "sequence_sum", "none", 0.0, "Williams 1992"),
+    Variant(
+        "rloo", "leave_one_out", "token", "log_prob", *NO, "sequence_sum", "reward", 0.05, "Ahmadian 2024"
+    ),
+    Variant("reinforce++", "batch", "token", "clip", 0.2, 0.2, "token_mean", "reward", 0.01, "Hu 2025"),
+    Variant("ppo", "critic", "token", "clip", 0.2, 0.2, "token_mean", "reward", 0.02, "Ouyang 2022"),
+    Variant("grpo", "group_std", "token", "clip", 0.2, 0.2, "sequence_mean", "loss", 0.04, "Shao 2024"),
+    Variant("dr_grpo", "group_mean", "token", "clip", 0.2, 0.2, "constant", "none", 0.0, "Liu 2025"),
+    Variant("dapo", "group_std", "token", "clip", 0.2, 0.28, "token_mean", "none", 0.0, "Yu 2025"),
+    Variant("gspo", "group_std", "sequence", "clip", 3e-4, 4e-4, "sequence_mean", "none", 0.0, "Zheng 2025"),
+    Variant("cispo", "group_std", "token", "weight", 1.0, 4.0, "token_mean", "none", 0.0, "MiniMax 2025"),
+    Variant("luffy", "group_mean", "token", "traces", *NO, "constant", "none", 0.0, "Yan 2025"),
+    Variant(
+        "nanopost", "group_mean", "token", "clip", 0.2, 0.28, "token_mean", "none", 0.0, "the default here"
+    ),
+]
+VARIANTS = {row.name: row for row in ROWS}
+
+BASELINES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "none": lambda rewards, size: rewards,
+    "group_mean": lambda rewards, size: group_advantages(rewards, group_size=size, scale="none"),
+    "group_std": lambda rewards, size: group_advantages(rewards, group_size=size, scale="std"),
+    "leave_one_out": lambda rewards, size: leave_one_out_advantages(rewards, group_size=size),
+}
+
+
+def choose(loss: str, **overrides: float | None) -> Variant:
+    """A row of the table by name, with other numbers for `clip_low`, `clip_high` or `beta` where not None.
+
+    Raises: ValueError for an unknown name, or a number that the row has no use for.
+    """
+    check_choice("loss", loss, VARIANTS)
+    row, given = VARIANTS[loss], {key: value for key, value in overrides.items() if value is not None}
+    unused = {"beta"} if row.kl == "none" else set()
+    unused |= {"clip_low", "clip_high"} if row.surrogate == "log_prob" else set()
+    for key in unused & {key for key, value in given.items() if value}:
+        raise ValueError(f"{key} must not be given: {loss} has no such term, got {given[key]!r}")
+    return replace(row, **given)  # type: ignore[arg-type]
+
+
+def token_advantages(
+    variant: Variant,
+    rewards: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    mask: Tensor,
+    *,
+    group_size: int,
+    values: Tensor | None = None,
+    total: Callable[[float], float] = lambda x: x,
+) -> Tensor:
+    """The advantage of every token of a rollout under a row's baseline, its KL in the reward included.
+
+    Args:
+        variant: a row of VARIANTS; its β counts here when its KL is in the reward.
+        rewards: (N,), one a completion, the rows of a group adjacent.
+        old_logps: (N, T), of the policy that sampled.
+        ref_logps: (N, T), of the reference; not read when no KL is in the reward.
+        mask: (N, T), the completion tokens.
+        group_size: G.
+        values: (N, T), the critic's, for the baseline "critic" (γ = 1, λ = .95).
+        total: sums a number over processes, for the baseline "batch"; the identity on one.
+    Returns: (N, T), detached, 0 outside the mask.
+    Raises: ValueError when the critic's values are missing, and what the functions of the row raise.
+    """
+    mask, rewards = check_mask("mask", mask), rewards.detach()
+    check_groups("rewards", rewards, group_size)
+    if variant.kl == "reward" and variant.baseline in BASELINES:
+        penalty = sequence_logps(old_logps, mask) - sequence_logps(ref_logps, mask)
+        rewards = rewards - variant.beta * penalty.detach()
+    if variant.baseline in BASELINES:
+        advantages = BASELINES[variant.baseline](rewards, group_size)
+        return advantages[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
+    shaped = kl_shaped_rewards(rewards, old_logps, ref_logps, mask, beta=variant.beta)
+    if variant.baseline == "batch":
+        return whiten(reward_to_go(shaped, mask, gamma=1.0), mask, total=total)
+    if values is None:
+        raise ValueError(f"values must be given: the baseline of {variant.name} is a critic, got None")
+    return gae(shaped, values, mask, gamma=1.0, gae_lambda=0.95)[0]
+
+
+def policy_values(
+    variant: Variant,
+    logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    traces: Tensor | None = None,
+) -> Tensor:
+    """The per-token loss of a row, for `aggregate(…, mode=variant.aggregation)`.
+
+    Args:
+        variant: a row of VARIANTS; its β counts here when its KL is in the loss (k3).
+        logps: (N, T); carries the gradient.
+        old_logps: (N, T), of the policy that sampled; detached. A trace that no policy of ours sampled has 0.
+        ref_logps: (N, T), of the reference; detached; not read when no KL is in the loss.
+        advantages: (N, T), from `token_advantages`; detached.
+        mask: (N, T).
+        traces: (N,), bool: rows that are off-policy traces; "traces" shapes them by f(π) = π/(π + .1).
+    Returns: (N, T), any sign.
+    Raises: ValueError for an unknown surrogate and what the functions of the row raise.
+    """
+    ratio = policy_ratio(logps, old_logps, mask, level=variant.ratio)
+    clip = {"clip_low": variant.clip_low, "clip_high": variant.clip_high}
+    if variant.surrogate == "log_prob":
+        values = reinforce_loss(logps, advantages)
+    elif variant.surrogate == "weight":
+        values = cispo_loss(logps, ratio, advantages, **clip)
+    else:
+        values = clipped_surrogate_loss(ratio, advantages, **clip)
+    if variant.surrogate == "traces" and traces is not None:
+        values = torch.where(traces[:, None], off_policy_shaped_loss(logps, advantages), values)
+    if variant.kl == "loss":
+        values = values + variant.beta * kl_estimate(logps, ref_logps, kind="k3")
+    return values
+
+
+def table() -> str:
+    """The rows as a Markdown table, the columns being the fields of `Variant`."""
+    names = [field.name for field in fields(Variant)]
+    lines = [names, ["---"] * len(names), *([str(getattr(row, name)) for name in names] for row in ROWS)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """The table, or with --compare the weights of a rollout's tokens."""
+    from .compare import comparison, read_rollout
+
+    parser = argparse.ArgumentParser(prog="python -m nanopost.losses.variants", description=main.__doc__)
+    parser.add_argument("--compare", type=Path, metavar="ROLLOUT.json", help="a rollout with its log-probs")
+    path = parser.parse_args().compare
+    print(comparison(read_rollout(path)) if path else table())
+
+
+if __name__ == "__main__":
+    main()

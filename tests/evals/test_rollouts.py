@@ -1,0 +1,95 @@
+"""Completions that are there already: scored under a model, taken from a record, written down."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanopost.data.chat import decode
+from nanopost.data.collate import collate
+from nanopost.data.schema import Sample, parse_record
+from nanopost.evals.rollouts import completion_logps, rollout_record, trace
+from nanopost.evals.stages import sequence_kl
+from nanopost.models.llama import Llama
+from nanopost.rewards.verdict import Verdict
+from nanopost.rollout.types import Rollout
+from tests.chat_fixtures import make_chat
+from tests.tiny import TINY, tiny_model
+
+SCOPE = {"temperature": 0.7, "top_k": 9, "top_p": 0.9}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def ragged_samples(count: int, seed: int = 0) -> list[Sample]:
+    """Prompts and completions of unequal lengths, a gap of untrained tokens in some."""
+    rng, samples = random.Random(seed), []
+    for _ in range(count):
+        ids = tuple(rng.randrange(TINY.vocab_size) for _ in range(rng.randint(4, 15)))
+        mask = tuple(place > 1 and rng.random() < 0.7 for place in range(len(ids) - 1))
+        samples.append(Sample(ids, (*mask, True)))
+    return samples
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 64])
+@pytest.mark.parametrize("scope", [{}, SCOPE], ids=["plain", "truncated"])
+def test_each_sample_gets_its_own_logps_in_its_own_place(model: Llama, scope: dict, micro_batch: int) -> None:
+    samples = ragged_samples(7)
+    found = completion_logps(model, samples, micro_batch=micro_batch, **scope)
+    assert len({len(sample.ids) for sample in samples}) > 3
+    for sample, logps in zip(samples, found, strict=True):
+        batch = collate([sample])
+        alone = model.logps(batch.input_ids, batch.target_ids, **scope)[batch.completion_mask]
+        assert not logps.requires_grad and len(logps) == sum(sample.mask)
+        torch.testing.assert_close(logps, alone.detach(), rtol=0.0, atol=1e-12)
+
+
+def test_nothing_to_score_is_nothing(model: Llama) -> None:
+    assert completion_logps(model, []) == []
+
+
+def test_sequence_kl_is_the_mean_difference_of_whole_completions(model: Llama) -> None:
+    rollouts = []
+    for number, length in enumerate((2, 5)):
+        ids = tuple(range(3 + number, 3 + number + length))
+        rollouts.append(Rollout((1, 2), ids, torch.full((length,), -0.5), torch.zeros(length), "stop"))
+    logps = completion_logps(model, [rollout.sample for rollout in rollouts])
+    expected = sum(-0.5 * len(scored) - float(scored.sum()) for scored in logps) / 2
+    assert sequence_kl(model, rollouts) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_trace_is_the_records_answer_up_to_its_stop(tmp_path: Path) -> None:
+    chat = make_chat(tmp_path)
+    messages = [{"role": "user", "content": "add one"}, {"role": "assistant", "content": "it is 2"}]
+    rollout = trace(chat, parse_record({"messages": messages}, file="x.jsonl", line=3))
+    assert decode(chat, rollout.completion_ids).startswith("it is 2")
+    assert rollout.completion_ids[-1] in chat.stop_ids and "add one" in decode(chat, rollout.prompt_ids)
+    assert len(rollout.old_logps) == len(rollout.completion_ids) and not rollout.old_logps.any()
+    with pytest.raises(ValueError, match=r"x\.jsonl:4: the record has no assistant turn"):
+        trace(chat, parse_record({"messages": messages[:1]}, file="x.jsonl", line=4))
+
+
+def test_a_written_record_holds_what_happened(tmp_path: Path) -> None:
+    chat = make_chat(tmp_path)
+    messages = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "two"}]
+    record = parse_record({"messages": messages}, file="x.jsonl", line=3)
+    written = rollout_record(
+        chat, record, trace(chat, record), "two", Verdict(0.5, {"right": 1.0}, "ok"), -0.25
+    )
+    assert "".join(written["tokens"]).startswith("two") and len(written["tokens"]) == len(
+        written["old_logps"]
+    )
+    told = {key: written[key] for key in ("line", "completion", "finish", "score", "parts", "reason")}
+    assert told == {
+        "line": 3,
+        "completion": "two",
+        "finish": "stop",
+        "score": 0.5,
+        "parts": {"right": 1.0},
+        "reason": "ok",
+    }
+    assert written["advantage"] == -0.25 and "add" in written["prompt"]
