@@ -1,14 +1,10 @@
 """Every mutant of tests/mutants/ is killed by the test it names, and by that test's verdict alone.
 
-A killer runs in a subprocess on a patched copy of the project, two at a time. Exit code 1 and a FAILED line
-of the killer are asked for: a mutant that merely breaks an import or the collection is not killed.
+A killer runs in its own process on a patched copy of the project, two at a time. Exit code 1 and a FAILED
+line of the killer are asked for: a mutant that merely breaks an import or the collection is not killed.
 `-k losses` runs the mutants of one room, `-k NAME` a single one.
 """
 
-import importlib
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,24 +12,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import run_pytest
+from tests.museum import PAGE, mutants, page
 from tests.mutants.mutant import ROOT, Mutant, patched, write_mutant
 
-ROOMS = sorted(path.stem for path in (ROOT / "tests" / "mutants").glob("*.py") if path.stem != "mutant")
-MUTANTS: list[tuple[str, Mutant]] = [
-    (f"{room}-{mutant.name}", mutant)
-    for room in ROOMS
-    for mutant in importlib.import_module(f"tests.mutants.{room}").MUTANTS
-]
+MUTANTS = [(f"{room}-{mutant.name}", mutant) for room, found in mutants().items() for mutant in found]
 SECONDS = 240  # of one killer; a mutant that hangs is not killed by its test
-Outcome = subprocess.CompletedProcess[str]
+Outcome = tuple[int, str]  # exit status and output
 
 
 def run_killers(folder: Path, *killers: str, mutant: str) -> Outcome:
     """pytest on the killers, in a folder that holds the project or a patched copy of it."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *killers]
-    env = os.environ | {"NANOPOST_MUTANT": mutant, "PYTHONPATH": str(folder)}
-    env |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the latter for speed
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=SECONDS)
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", *killers]
+    environment = {"NANOPOST_MUTANT": mutant, "PYTHONPATH": str(folder)}
+    environment |= {
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }  # the latter: speed
+    return run_pytest(folder, arguments, environment=environment, seconds=SECONDS)
 
 
 def run_mutant(mutant: Mutant) -> Outcome:
@@ -70,12 +66,16 @@ def test_mutants_are_well_formed() -> None:
 
 @pytest.mark.parametrize(("name", "mutant"), MUTANTS, ids=[name for name, _ in MUTANTS])
 def test_mutant_is_killed(name: str, mutant: Mutant, outcomes: dict[str, Future[Outcome]]) -> None:
-    outcome = outcomes[name].result()
-    report = f"{name} ({mutant.source}) under {mutant.killer}:\n{outcome.stdout}\n{outcome.stderr}"
-    assert outcome.returncode != 0, f"survived: {report}"
-    assert outcome.returncode == 1 and f"FAILED {mutant.killer}" in outcome.stdout, f"broken: {report}"
+    status, printed = outcomes[name].result()
+    report = f"{name} ({mutant.source}) under {mutant.killer}:\n{printed}"
+    assert status != 0, f"survived: {report}"
+    assert status == 1 and f"FAILED {mutant.killer}" in printed, f"broken: {report}"
 
 
 def test_killers_pass_unpatched(outcomes: dict[str, Future[Outcome]]) -> None:
-    outcome = outcomes[""].result()
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    status, printed = outcomes[""].result()
+    assert status == 0, printed
+
+
+def test_the_museum_shows_every_mutant() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "docs/bug-museum.md is stale: python -m tests.museum"
