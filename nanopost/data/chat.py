@@ -103,7 +103,7 @@ def copy_chat(source: str | Path, target: str | Path) -> None:
 
 
 def render(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    """The text of a conversation as the model's template writes it."""
+    """The text of a conversation as the model's template writes it. Page: docs/losses/render.md"""
     if chat.template is None:
         raise ValueError(f"{chat.folder} has no chat template: no chat_template.jinja, none in {CONFIG}")
     return run_template(
@@ -153,6 +153,7 @@ def record_samples(chat: Chat, record: Record) -> list[Sample]:
     Returns: samples whose mask is true on the tokens the sampler would have to emit, stop token included.
     Raises: ValueError `file:line: ...` when the template does not continue its own generation prompt, when a
         turn has no stop token or text behind it, or when its tokens do not decode to its text.
+    Page: docs/losses/record_samples.md
     """
     try:
         if record.text is not None:

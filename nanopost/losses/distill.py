@@ -19,9 +19,8 @@ MASS_TOLERANCE = 0.01
 def _log_probs(temperature: float, **logits: Tensor) -> list[Tensor]:
     """log softmax(z/τ) of each; a row that is broken in one is NaN in all of them and has no gradient."""
     check_floats(**logits)
+    check_logits(next(iter(logits.values())))
     check_positive("temperature", temperature)
-    for tensor in logits.values():
-        check_logits(tensor)
     scaled = [wide(tensor) / temperature for tensor in logits.values()]
     sound = torch.stack([z.amax(-1, keepdim=True).isfinite() for z in scaled]).all(dim=0)
     return [z.masked_fill(~sound, 0.0).log_softmax(-1).masked_fill(~sound, torch.nan) for z in scaled]
@@ -241,8 +240,9 @@ def hidden_state_loss(student_hidden: Tensor, teacher_hidden: Tensor, projection
     tensor([3.])
     """
     check_dims("projection", projection, 2)
-    shapes = [tuple(tensor.shape) for tensor in (student_hidden, projection, teacher_hidden)]
-    if not shapes[0] or shapes[0][-1] != shapes[1][0] or (*shapes[0][:-1], shapes[1][1]) != shapes[2]:
+    mapped = (*student_hidden.shape[:-1], projection.shape[1])
+    if student_hidden.shape[-1:] != projection.shape[:1] or teacher_hidden.shape != mapped:
+        shapes = [tuple(tensor.shape) for tensor in (student_hidden, projection, teacher_hidden)]
         raise ValueError("student_hidden {} times projection {} must be as teacher_hidden {}".format(*shapes))
     student, teacher = wide(student_hidden), wide(teacher_hidden).detach()
     sound = student.isfinite().all(-1, keepdim=True) & teacher.isfinite().all(-1, keepdim=True)

@@ -4,6 +4,7 @@ Golden ids are worked out by hand: of `byte_tokenizer`, ASCII is ord − 33, new
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from nanopost.data.chat import (
 )
 from nanopost.data.schema import Message, Record, Sample, parse_record
 from tests.chat_fixtures import CHATML, HEADER, THINK, byte_tokenizer, make_chat
+from tests.pages import namespace, scalar
 
 KINDS = ("chatml", "header", "think")
 CALL = {"name": "ledger", "arguments": {"of": "Q3 – Zürich"}}
@@ -239,6 +241,163 @@ def test_any_text_is_shown_whole_and_trained_exactly(
         assert shown(chat, sample) == context + answer + stop == whole.rstrip("\n")
         assert trained(chat, sample) == answer + stop
         assert decode(chat, [t for t, on in zip(sample.ids, sample.mask, strict=True) if on]) == answer
+
+
+# ---- the two pages: the text of a conversation, and which of its tokens are trained on ----
+
+plain = st.text(st.characters(codec="utf-8", exclude_characters="<>|"), max_size=9) | st.text(
+    "he lo12\n", max_size=9
+)
+turns = st.builds(
+    Message,
+    st.sampled_from(("system", "user", "assistant", "tool")),
+    plain,
+    st.lists(st.dictionaries(st.just("name"), plain, min_size=1), max_size=2).map(tuple),
+)
+conversations = st.lists(turns, min_size=1, max_size=5)
+
+
+def by_page(messages: Sequence[Message]) -> list[dict[str, object]]:
+    """Messages as the pages' blocks take them: tool calls are JSON texts."""
+    return [
+        {
+            "role": m.role,
+            "content": m.content,
+            "calls": [json.dumps(c, ensure_ascii=False) for c in m.tool_calls],
+        }
+        for m in messages
+    ]
+
+
+@given(conversations, st.booleans())
+def test_RE1_the_template_writes_what_the_page_says(
+    chats: dict[str, Chat], messages: list[Message], prompt: bool
+) -> None:
+    expected = scalar("render")(by_page(messages), prompt)
+    assert render(chats["chatml"], messages, add_generation_prompt=prompt) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(conversations, plain)
+def test_RE2_the_prompt_is_a_prefix_of_the_finished_turn(
+    chats: dict[str, Chat], kind: str, messages: list[Message], answer: str
+) -> None:
+    prompt = render(chats[kind], messages, add_generation_prompt=True)
+    finished = [*messages, Message("assistant", answer)]
+    whole = render(chats[kind], finished, add_generation_prompt=False)
+    if kind != "think" or messages[-1].role != "assistant":
+        assert whole.startswith(prompt) and len(whole) > len(prompt)
+    assert "assistant" in prompt[len(render(chats[kind], messages, add_generation_prompt=False)) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(conversations)
+def test_RE3_tokenising_adds_and_loses_nothing(
+    chats: dict[str, Chat], kind: str, messages: list[Message]
+) -> None:
+    chat = chats[kind]
+    text = render(chat, messages, add_generation_prompt=True)
+    ids = prompt_ids(chat, messages)
+    assert ids == encode(chat, text)
+    assert chat.tokenizer.decode(ids, skip_special_tokens=False) == text
+    for i, token in chat.tokenizer.get_added_tokens_decoder().items():
+        assert ids.count(i) == text.count(token.content)
+
+
+@given(conversations)
+def test_RE4_a_conversation_can_be_read_back(chats: dict[str, Chat], messages: list[Message]) -> None:
+    start, end = (namespace("render")[name] for name in ("START", "END"))
+    read = []
+    for turn in render(chats["chatml"], messages, add_generation_prompt=False).split(end + "\n")[:-1]:
+        role, _, body = turn.removeprefix(start).partition("\n")
+        content, *calls = body.split("<call>")
+        read.append(Message(role, content, tuple(json.loads(c.removesuffix("</call>")) for c in calls)))
+    assert read == messages
+
+
+def test_RE5_a_function_of_the_messages_alone(chats: dict[str, Chat], tmp_path: Path) -> None:
+    for chat in chats.values():
+        texts = {render(chat, TRAJECTORY, add_generation_prompt=True) for _ in range(3)}
+        (text,) = texts | {render(chat, list(TRAJECTORY), add_generation_prompt=True)}
+        assert "None" not in text and "tool_calls" not in text
+    shown = "{% for m in messages %}{% for key in m %}{{ key }},{% endfor %};{% endfor %}"
+    messages = [
+        Message("user", ""),
+        Message("assistant", "b", (CALL,)),
+        Message("tool", "c", (), "ledger", "7"),
+    ]
+    fields = render(replace(chats["chatml"], template=shown), messages, add_generation_prompt=False)
+    assert fields == "role,content,;role,content,tool_calls,;role,content,name,tool_call_id,;"
+    with pytest.raises(ValueError, match="has no chat template"):
+        render(replace(chats["chatml"], template=None), messages, add_generation_prompt=False)
+
+
+@given(conversations, plain)
+def test_RS1_shown_and_trained_are_what_the_page_says(
+    chats: dict[str, Chat], messages: list[Message], answer: str
+) -> None:
+    chat, messages = chats["chatml"], [*messages, Message("assistant", answer)]
+    found = []
+    for sample in record_samples(chat, record_of(*messages)):
+        given_ids = [i for i, on in zip(sample.ids, sample.mask, strict=True) if not on]
+        found.append((chat.tokenizer.decode(given_ids, skip_special_tokens=False), trained(chat, sample)))
+    assert found == scalar("record_samples")(by_page(messages))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(plain, plain)
+def test_RS2_what_others_say_is_never_supervised(
+    chats: dict[str, Chat], kind: str, one: str, other: str
+) -> None:
+    chat = chats[kind]
+
+    def supervised(words: str) -> list[str]:
+        messages = [replace(m, content=words) if m.role != "assistant" else m for m in TRAJECTORY]
+        return [trained(chat, sample) for sample in record_samples(chat, record_of(*messages))]
+
+    assert supervised(one) == supervised(other) == supervised("482 and 365")
+
+
+@pytest.mark.parametrize("kind", ["chatml", "header"])
+def test_RS3_text_call_answer_and_stop_token_are_supervised(chats: dict[str, Chat], kind: str) -> None:
+    chat, call = chats[kind], json.dumps(CALL, ensure_ascii=False)
+    ends = {
+        "chatml": (f"<call>{call}</call><|im_end|>", "<|im_end|>"),
+        "header": (f"[{call}]<|eom|>", "<|eot|>"),
+    }
+    expected = [
+        "<think>ask</think>\nI ask." + ends[kind][0],
+        "<think>482+365</think>\n847" + ends[kind][1],
+        "hello" + ends[kind][1],
+    ]
+    samples = record_samples(chat, record_of(*TRAJECTORY))
+    assert [trained(chat, sample) for sample in samples] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.integers(0, 6))
+def test_RS4_what_is_given_is_never_trained_on(chats: dict[str, Chat], kind: str, context: int) -> None:
+    chat = chats[kind]
+    every = record_samples(chat, record_of(*TRAJECTORY))
+    later = record_samples(chat, replace(record_of(*TRAJECTORY), context=context))
+    turns_left = sum(m.role == "assistant" for m in TRAJECTORY[context:])
+    assert later == every[-turns_left:] and turns_left >= 1
+    if kind == "chatml":
+        assert len(scalar("record_samples")(by_page(TRAJECTORY), context)) == turns_left
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(conversations, plain)
+def test_RS5_the_masked_tokens_are_the_samplers_prompt(
+    chats: dict[str, Chat], kind: str, messages: list[Message], answer: str
+) -> None:
+    chat = chats[kind]
+    asked = [m for m in messages if m.role != "assistant"] or [Message("user", "a")]
+    (sample,) = record_samples(chat, record_of(*asked, Message("assistant", answer)))
+    before = prompt_ids(chat, asked)
+    assert list(sample.ids[: len(before)]) == before
+    assert sample.mask == (False,) * len(before) + (True,) * (len(sample.ids) - len(before))
+    assert [i for i in sample.ids[len(before) :] if i in chat.stop_ids] == [sample.ids[-1]]
 
 
 # ---- decoding ----

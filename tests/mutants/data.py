@@ -50,7 +50,7 @@ MUTANTS = [
         name="prompt_without_its_header",
         row=18,
         source="trl#6433",
-        story="The prompt ends before the header of the answer: sampling and training see two different contexts.",
+        story="The prompt ends before the header of the answer: sampling and training see two contexts.",
         file=CHAT,
         before="add_generation_prompt=add_generation_prompt,",
         after="add_generation_prompt=False,",
