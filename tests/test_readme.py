@@ -59,6 +59,15 @@ def test_the_scripts_commands_run_one_after_the_other(checkout):
         assert (checkout / out / "model/model.safetensors").is_file(), line
 
 
+def test_the_other_commands_run_from_the_checkout():
+    others = [line for line in SHELL if line.startswith("python ") and line not in SCRIPTS]
+    assert len(others) >= 3
+    for line in others:
+        command = [sys.executable, *shlex.split(line)[1:]]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0 and done.stdout, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+
+
 def test_make_targets_and_the_commands_by_hand_agree():
     targets = [line.split()[1] for line in SHELL if line.startswith("make ")]
     assert {"demo", "test"} <= set(targets)
