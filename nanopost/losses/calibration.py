@@ -78,7 +78,9 @@ def win_fraction(elo_difference: Tensor) -> Tensor:
     tensor([0.5000, 0.9091, 0.0909])
     """
     check_floats(elo_difference=elo_difference)
-    return (wide(elo_difference) / ELO_PER_NAT).sigmoid()
+    difference = wide(elo_difference) / ELO_PER_NAT
+    bound = torch.finfo(difference.dtype).max  # keeps a NaN and cuts its gradient
+    return difference.clamp(-bound, bound).sigmoid()
 
 
 def calibration(

@@ -36,8 +36,8 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str) -> Tensor:
 
     ℓ^ref are the log-probabilities of the reference. As values, k1 and k3 have the mean KL; k2 is close to it
     when the two are close. As losses they are another matter: the gradient of k1 is zero on average, k2 is
-    right for a single step and k3 gives the forward KL there; over several steps only k1 in the reward is
-    right (docs/oracle.md).
+    right for a single step and k3 gives the forward KL there; over several steps it takes k1 in the reward,
+    or `kl_loss_with_correct_gradient` (docs/oracle.md).
 
     Args:
         logps: (B, T); carries the gradient: 1, k1 and 1 − e^{−k1}.
@@ -139,6 +139,8 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """
     check_logits(logits)
     check_positive("temperature", temperature)
-    log_probs = (wide(logits) / temperature).log_softmax(dim=-1)
+    logits = wide(logits) / temperature
+    sound = logits.amax(dim=-1, keepdim=True).isfinite()
+    log_probs = logits.masked_fill(~sound, 0.0).log_softmax(dim=-1).masked_fill(~sound, torch.nan)
     finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
     return -(log_probs.exp() * finite).sum(dim=-1)

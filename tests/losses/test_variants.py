@@ -149,6 +149,16 @@ def test_ppo_needs_its_critic() -> None:
     assert "ppo: values must be given" in comparison(rollout)
 
 
+def test_the_page_and_the_table_are_the_same() -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(compile(block, "docs/variants.md", "exec"), names)
+    assert list(names["TABLE"]) == list(VARIANTS)
+    for row in ROWS:
+        knobs = (row.baseline, row.ratio, row.surrogate, row.clip_low, row.clip_high, row.aggregation)
+        assert names["TABLE"][row.name] == (*knobs, row.kl, row.beta)
+
+
 def test_page_shows_the_table_and_the_comparison() -> None:
     assert table() in PAGE
     command = [sys.executable, "-m", "nanopost.losses.variants", "--compare", "docs/rollout.json"]

@@ -219,7 +219,7 @@ def test_every_variant_learns(start, tmp_path, variant):
     lr = {"reinforce": "1e-3", "luffy": "1e-2", "dr_grpo": "1e-2"}.get(variant, "3e-3")
     train((model, data), tmp_path / "run", "--loss", variant, "--steps", "60", "--lr", lr)
     told = records(tmp_path / "run")
-    assert told[0]["reward"] < 0.7 and told[-1]["reward"] > 0.9
+    assert told[0]["reward"] < 0.7 and sum(record["reward"] for record in told[-5:]) / 5 > 0.9
 
 
 def test_off_policy_minibatches_move_away_from_the_sampler(start, tmp_path):
