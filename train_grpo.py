@@ -76,7 +76,9 @@ class Config:
     beta: float | None = (
         None  # weight of the KL to the reference, placed where the row says; default: the row's
     )
-    resample: int = 0  # times that groups of equal rewards give way to other prompts (DAPO's dynamic sampling)
+    resample: int = (
+        0  # times that groups of equal rewards give way to other prompts (DAPO's dynamic sampling)
+    )
     overlong_cache: int = 0  # last tokens before the limit that are penalised softly (DAPO); 0: off
     lr: float = 1e-6  # peak learning rate
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # decay after the warm-up

@@ -122,6 +122,15 @@ def test_WF5_extremes_do_not_overflow(dtype: torch.dtype) -> None:
     assert slope(found, difference).isfinite().all()
 
 
+def test_WF7_a_dropped_nan_leaves_no_trace() -> None:
+    leaf = torch.tensor([120.0, math.nan, -40.0], dtype=torch.float64, requires_grad=True)
+    found = win_fraction(leaf)
+    assert found.isnan().tolist() == [False, True, False]
+    kept = found.masked_fill(found.isnan(), 0.0).sum()
+    (gradient,) = torch.autograd.grad(kept, leaf)
+    assert gradient[1] == 0.0 and (gradient[::2] > 0).all()
+
+
 @given(seed=st.integers(0, 2**31))
 def test_WF6_gradient_in_closed_form(seed: int) -> None:
     difference = normal(torch.Generator().manual_seed(seed), 5, scale=500.0).requires_grad_()

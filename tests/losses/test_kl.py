@@ -303,6 +303,20 @@ def test_H4_constants_and_extremes(dtype: torch.dtype) -> None:
     assert found.tolist() == pytest.approx(expected, rel=1e-6) and slope(found, logits).isfinite().all()
 
 
+@pytest.mark.parametrize("junk", JUNK)
+@given(batch=ragged())
+def test_H6_masked_rows_may_hold_anything(junk: float, batch: Batch) -> None:
+    mask, generator = batch
+    logits = normal(generator, *mask.shape, 5)
+    soiled = torch.where(mask[..., None], logits, junk)
+    gradients = []
+    for tensor in (logits, soiled):
+        leaf = tensor.clone().requires_grad_()
+        loss = aggregate(entropy(leaf, temperature=0.7), mask, mode="token_mean", denom=3.0)
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    assert torch.equal(*gradients) and gradients[0].any() and not gradients[1][~mask].any()
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.8)])
 @given(seed=st.integers(0, 2**31))
 def test_H5_it_is_the_mean_negative_log_probability(top_k: int, top_p: float, seed: int) -> None:

@@ -149,6 +149,26 @@ def test_T6_extreme_logits_are_finite(dtype: torch.dtype) -> None:
     assert logps.tolist() == pytest.approx([-2e4, -math.log(3)]) and gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 3}, {"top_p": 0.7}], ids=["full", "top_k", "top_p"])
+@pytest.mark.parametrize("junk", JUNK)
+@given(batch=ragged())
+def test_T8_masked_rows_may_hold_anything(
+    junk: float, truncation: dict[str, float], batch: tuple[Tensor, Generator]
+) -> None:
+    mask, generator = batch
+    logits, ids = normal(generator, *mask.shape, 5), torch.zeros(mask.shape, dtype=torch.long)
+    soiled = torch.where(mask[..., None], logits, junk)
+    soiled[..., 1] = torch.where(mask, logits[..., 1], 0.5)  # one sound logit does not save the row
+    gradients = []
+    for tensor in (logits, soiled):
+        leaf = tensor.clone().requires_grad_()
+        values = token_logps(leaf, ids, temperature=0.7, **truncation)  # type: ignore[arg-type]
+        loss = aggregate(values, mask, mode="token_mean", denom=3.0)
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    assert torch.equal(*gradients) and not gradients[1][~mask].any()
+    assert truncation or gradients[0].any()  # a support of one token has no gradient
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_T7_half_precision_logits_are_scored_in_float32(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

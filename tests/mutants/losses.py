@@ -369,4 +369,14 @@ MUTANTS = [
         after="return -wide(logps).exp()",
         killer=f"{TESTS}/test_likelihood.py::test_S2_probabilities_of_point_8_and_point_4",
     ),
+    Mutant(
+        name="nan_logits_under_the_mask",
+        row=7,
+        source="verl#2377",
+        story="The softmax of a masked row of NaN sends NaN back, though nothing is asked of it.",
+        file=LIKELIHOOD,
+        before="logits.masked_fill(~sound, 0.0).log_softmax(dim=-1).gather",
+        after="logits.log_softmax(dim=-1).gather",
+        killer=f"{TESTS}/test_likelihood.py::test_T8_masked_rows_may_hold_anything[nan-full]",
+    ),
 ]

@@ -334,8 +334,8 @@ MUTANTS = [
         source="trl#3029",
         story="Sampled at one temperature, the entropy is that of another policy.",
         file=KL,
-        before="(wide(logits) / temperature).log_softmax",
-        after="wide(logits).log_softmax",
+        before="logits = wide(logits) / temperature",
+        after="logits = wide(logits)",
         killer=f"{TEST_KL}_H1_value_equals_the_page[0.5]",
     ),
 ]
