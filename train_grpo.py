@@ -73,12 +73,8 @@ class Config:
     )
     clip_low: float | None = None  # ε below: the ratio is clipped at 1 − ε; default: the row's
     clip_high: float | None = None  # ε above: the ratio is clipped at 1 + ε; default: the row's
-    beta: float | None = (
-        None  # weight of the KL to the reference, placed where the row says; default: the row's
-    )
-    resample: int = (
-        0  # times that groups of equal rewards give way to other prompts (DAPO's dynamic sampling)
-    )
+    beta: float | None = None  # weight of the KL, which enters where the row says; default: the row's
+    resample: int = 0  # times that groups of equal rewards give way to other prompts (DAPO)
     overlong_cache: int = 0  # last tokens before the limit that are penalised softly (DAPO); 0: off
     lr: float = 1e-6  # peak learning rate
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # decay after the warm-up

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -149,14 +150,15 @@ def test_a_record_drawn_twice_in_a_step_is_sampled_twice(start, tmp_path):
     assert len({row["prompt"] for row in rows}) == 2 and len(groups) == 8
 
 
-@pytest.mark.parametrize("variant", ["rloo", "dr_grpo", "gspo", "cispo", "reinforce"])
-def test_a_variant_is_a_row_of_the_table(start, tmp_path, variant):
+def test_a_variant_is_a_row_of_the_table(start, tmp_path):
     """The first step has the same rollouts under every row, and its own gradient."""
-    train(start, tmp_path / "default", "--steps", "1")
-    train(start, tmp_path / variant, "--steps", "1", "--loss", variant)
-    ours, theirs = (records(tmp_path / name)[0] for name in ("default", variant))
-    assert ours["reward"] == theirs["reward"] and ours["kl_ref"] == theirs["kl_ref"]
-    assert theirs["grad_norm"] > 0 and theirs["grad_norm"] != pytest.approx(ours["grad_norm"], rel=1e-3)
+    names = ("nanopost", "rloo", "dr_grpo", "gspo", "cispo", "reinforce")
+    for name in names:  # warm enough for completions of unequal lengths
+        train(start, tmp_path / name, "--steps", "1", "--loss", name, "--temperature", "2.5")
+    told = [records(tmp_path / name)[0] for name in names]
+    assert len({(record["reward"], record["kl_ref"]) for record in told}) == 1
+    norms = sorted(record["grad_norm"] for record in told)
+    assert norms[0] > 1e-3 and all(b > 1.01 * a for a, b in pairwise(norms)), norms
 
 
 def test_dapo_draws_groups_without_signal_again(start, tmp_path):
