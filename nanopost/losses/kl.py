@@ -140,7 +140,9 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     check_logits(logits)
     check_positive("temperature", temperature)
     logits = wide(logits) / temperature
-    sound = logits.amax(dim=-1, keepdim=True).isfinite()
-    log_probs = logits.masked_fill(~sound, 0.0).log_softmax(dim=-1).masked_fill(~sound, torch.nan)
+    broken = ~logits.detach().amax(dim=-1).isfinite()
+    if broken.any():  # or a masked row's softmax would send NaN back
+        logits = logits.masked_fill(broken.unsqueeze(-1), 0.0)
+    log_probs = logits.log_softmax(dim=-1)
     finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
-    return -(log_probs.exp() * finite).sum(dim=-1)
+    return -(log_probs.exp() * finite).sum(dim=-1).masked_fill(broken, torch.nan)

@@ -58,9 +58,11 @@ def token_logps(
     check_ids("target_ids", target_ids, logits)
     check_positive("temperature", temperature)
     logits = truncate_logits(wide(logits) / temperature, top_k=top_k, top_p=top_p, keep_ids=target_ids)
-    sound = logits.amax(dim=-1, keepdim=True).isfinite()
-    logps = logits.masked_fill(~sound, 0.0).log_softmax(dim=-1).gather(-1, target_ids.long().unsqueeze(-1))
-    return logps.masked_fill(~sound, torch.nan).squeeze(-1)
+    broken = ~logits.detach().amax(dim=-1).isfinite()
+    if broken.any():  # or a masked row's softmax would send NaN back
+        logits = logits.masked_fill(broken.unsqueeze(-1), 0.0)
+    logps = logits.log_softmax(dim=-1).gather(-1, target_ids.long().unsqueeze(-1)).squeeze(-1)
+    return logps.masked_fill(broken, torch.nan)
 
 
 def truncate_logits(logits: Tensor, *, top_k: int, top_p: float, keep_ids: Tensor | None = None) -> Tensor:
