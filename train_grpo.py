@@ -38,7 +38,7 @@ from nanopost.losses import (
     overlong_penalty,
     policy_ratio,
 )
-from nanopost.losses.variants import choose, policy_values, token_advantages
+from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
 from nanopost.models.weights import load_config, load_model, save_model
 from nanopost.report import write_report
 from nanopost.rewards.math import gsm8k, math_reward
@@ -68,9 +68,7 @@ class Config:
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
     slots: int = 256  # rows decoded at a time
-    loss: str = (
-        "nanopost"  # row of the variants: grpo dr_grpo dapo gspo cispo rloo reinforce reinforce++ luffy
-    )
+    loss: str = "nanopost"  # a row of the variants: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, …
     clip_low: float | None = None  # ε below: the ratio is clipped at 1 − ε; default: the row's
     clip_high: float | None = None  # ε above: the ratio is clipped at 1 + ε; default: the row's
     beta: float | None = None  # weight of the KL, which enters where the row says; default: the row's
@@ -95,22 +93,26 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
-    for name in ("steps", "prompts_per_step", "group_size", "micro_batch", "minibatches", "max_new_tokens"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
+    variant = choose(cfg.loss, clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta)
+    if variant.baseline == "critic":
+        raise ValueError(f"loss={cfg.loss} needs a critic, which this script has not")
+    least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
+    least |= {"group_size": 2 - (variant.baseline in ("none", "batch")), "resample": 0, "overlong_cache": 0}
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise ValueError(f"{name} must be at least {low} with loss={cfg.loss}, got {getattr(cfg, name)}")
+    if cfg.overlong_cache > cfg.max_new_tokens:
+        raise ValueError(f"overlong_cache={cfg.overlong_cache} exceeds max_new_tokens={cfg.max_new_tokens}")
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
         shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
         raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")
-    variant = choose(cfg.loss, clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta)
     traces = variant.surrogate == "traces"  # the last sample of a group is the record's own answer
-    if variant.baseline == "critic" or cfg.group_size <= traces:
-        raise ValueError(f"loss={cfg.loss} needs a critic, or more samples than group_size={cfg.group_size}")
     chat = load_chat(cfg.model)
     run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     verify = VERIFIERS[cfg.verifier]
-    longest = load_config(cfg.model).max_position_embeddings - cfg.max_new_tokens
+    longest = load_config(cfg.model).max_position_embeddings
 
     def task_of(record: Record) -> Task:
         """The prompt's tokens; what cannot be sampled or verified is refused here, before the first step."""
@@ -119,14 +121,14 @@ def main(cfg: Config) -> None:
                 raise ValueError("no answer to verify against")
             verify("", record.answer)
             ids = prompt_ids(chat, prompt_messages(record))
-            if len(ids) > longest:
-                raise ValueError(f"the prompt has {len(ids)} tokens, {longest} leave room for max_new_tokens")
+            if len(ids) > (room := longest - cfg.max_new_tokens):
+                raise ValueError(f"the prompt has {len(ids)} tokens, {room} leave room for max_new_tokens")
         except ValueError as error:
             raise ValueError(f"{record.file}:{record.line}: {error}") from error
         return ids, record
 
     train = [task_of(record) for record in read_jsonl(cfg.data)]
-    _ = [trace(chat, record) for _, record in train if traces]  # each has an answer, or says where not
+    _ = [trace(chat, record, ids, longest=longest) for ids, record in train if traces]  # or says why not
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
@@ -139,9 +141,8 @@ def main(cfg: Config) -> None:
     # ---- 5 Schedules ---------------------------------------------------------------------------------------
     def learning_rate(step: int) -> float:
         warmup = min(cfg.warmup, cfg.steps)
-        return cfg.lr * optim.schedule(
-            step, steps=cfg.steps, warmup=warmup, kind=cfg.schedule, final=cfg.final_lr
-        )
+        shape = {"steps": cfg.steps, "warmup": warmup, "kind": cfg.schedule, "final": cfg.final_lr}
+        return cfg.lr * optim.schedule(step, **shape)
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     scope = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
@@ -157,9 +158,9 @@ def main(cfg: Config) -> None:
             done = iter(sample(policy, [ids for ids, _ in tasks], finished=bar.update, **options))
         bar.close()
         start, judged = time.perf_counter(), []
-        for _, record in metrics.progress(tasks, desc="verify"):
+        for ids, record in metrics.progress(tasks, desc="verify"):
             for k in range(size):
-                r = next(done) if k < sampled else trace(chat, record)
+                r = next(done) if k < sampled else trace(chat, record, ids, longest=longest)
                 text = decode(chat, r.completion_ids)
                 judged.append((record, r, text, verify(text, record.answer)))
         clock["verify_s"] += time.perf_counter() - start
@@ -183,13 +184,15 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps")
-    distributed.main_print("loss is near 0, its gradient is not: a group's advantages sum to 0; watch reward")
-    size, clock = cfg.group_size, {}
+    if "group" in variant.baseline:
+        distributed.main_print("loss is near 0, its gradient is not: advantages sum to 0; watch the reward")
+    size, clock, part_size = cfg.group_size, {}, cfg.prompts_per_step // cfg.minibatches
+    updates = [range(i * part_size, (i + 1) * part_size) for i in range(cfg.minibatches)]  # places of each
     own = torch.arange(cfg.prompts_per_step // ranks * size) % size < size - traces  # not the traces
     for step in range(first, cfg.steps):
         start, clock["verify_s"] = time.perf_counter(), 0.0
         optim.set_lr(optimizer, learning_rate(step))
-        places = distributed.shard_rows(range(cfg.prompts_per_step))
+        places = [place for update in updates for place in distributed.shard_rows(update)]
         groups, waiting = {}, list(range(len(places)))  # a group's number -> its samples; groups to draw
         for attempt in range(1 + cfg.resample):
             draw = step + attempt * cfg.steps  # a further draw takes its prompts from a later epoch
@@ -208,12 +211,13 @@ def main(cfg: Config) -> None:
         old_logps, completions = [r.old_logps for _, r, *_ in samples], [r.sample for _, r, *_ in samples]
         ref_logps = completion_logps(reference, completions, micro_batch=cfg.micro_batch, **scope)
         padded = [pad_sequence(logps, batch_first=True) for logps in (old_logps, ref_logps)]
-        lengths = torch.tensor([len(logps) for logps in old_logps])
+        length = torch.tensor([len(logps) for logps in old_logps])
         if cfg.overlong_cache:
-            rewards += overlong_penalty(lengths, max_tokens=cfg.max_new_tokens, cache=cfg.overlong_cache)
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        pull = token_advantages(variant, rewards, *padded, mask, group_size=size, total=distributed.all_sum)
-        pull = [row[kept] for row, kept in zip(pull, mask, strict=True)]
+            rewards += overlong_penalty(length * own, max_tokens=cfg.max_new_tokens, cache=cfg.overlong_cache)
+        mask = torch.arange(int(length.max())) < length[:, None]
+        options = {"group_size": size, "total": distributed.all_sum}
+        advantages = token_advantages(variant, rewards, *padded, mask, **options)
+        advantages = [row[kept] for row, kept in zip(advantages, mask, strict=True)]
 
         sums, norms = dict.fromkeys(("loss", "clipped", "kl_old", "kl_ref", "tokens"), 0.0), []
         share = len(samples) // cfg.minibatches
@@ -227,19 +231,17 @@ def main(cfg: Config) -> None:
             for part, batch in metrics.progress(list(zip(parts, batches, strict=True)), desc="train"):
                 mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
                 logps = policy.logps(*ids, position_ids=batch.position_ids, **scope)
-                per_token = (old_logps, ref_logps, pull)
-                old, ref, pulled = (spread([x[i] for i in part], mask).to(logps) for x in per_token)
-                ours = own[part].to(device)
-                values = policy_values(variant, logps, old, ref, pulled, mask, traces=~ours)
+                per_token = (old_logps, ref_logps, advantages)
+                old, ref, pull = (spread([x[i] for i in part], mask).to(logps) for x in per_token)
+                sampled = own[part].to(device)
+                values = policy_values(variant, logps, old, ref, pull, mask, traces=~sampled)
                 loss = aggregate(values, mask, mode=variant.aggregation, denom=denom)
                 loss.backward()
                 with torch.no_grad():
-                    seen, ratio = mask & ours[:, None], policy_ratio(logps, old, mask, level=variant.ratio)
-                    high, low = ratio > 1 + variant.clip_high, ratio < 1 - variant.clip_low
-                    clipped = (high & (pulled > 0)) | (low & (pulled < 0))
+                    seen, ratio = mask & sampled[:, None], policy_ratio(logps, old, mask, level=variant.ratio)
                     sums["loss"] += float(loss) / cfg.minibatches
-                    sums["clipped"] += float(clipped[seen].sum())
-                    sums["kl_old"] += float(kl_estimate(logps, old, kind="k3")[seen].sum())
+                    sums["clipped"] += float(clip_holds(variant, ratio, pull)[seen].sum())
+                    sums["kl_old"] += float(kl_estimate(old, logps, kind="k3")[seen].sum())
                     sums["kl_ref"] += float(kl_estimate(logps, ref, kind="k3")[seen].sum())
                     sums["tokens"] += float(seen.sum())
             norms.append(optim.clip_grad_norm(policy, cfg.max_grad_norm))
@@ -277,7 +279,7 @@ def main(cfg: Config) -> None:
         line = {name: value for name, value in line.items() if name.removeprefix("eval_") not in names}
         distributed.main_print(metrics.format_line(step, cfg.steps, line))
         if last or (cfg.rollouts_every and step % cfg.rollouts_every == 0):
-            means = [float(advantage.mean()) for advantage in pull]
+            means = [float(row.mean()) for row in advantages]
             told = [rollout_record(chat, *row, mean) for row, mean in zip(samples, means, strict=True)]
             metrics.write_rollouts(run, step, told)
         if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):

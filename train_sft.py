@@ -105,9 +105,8 @@ def main(cfg: Config) -> None:
 
     def learning_rate(step: int) -> float:
         warmup = min(cfg.warmup, steps)
-        return cfg.lr * optim.schedule(
-            step, steps=steps, warmup=warmup, kind=cfg.schedule, final=cfg.final_lr
-        )
+        shape = {"steps": steps, "warmup": warmup, "kind": cfg.schedule, "final": cfg.final_lr}
+        return cfg.lr * optim.schedule(step, **shape)
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     # None: the completions are the data's.

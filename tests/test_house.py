@@ -225,7 +225,9 @@ def configurations(root: Path) -> list[str]:
             found.append(f"{name}: {len(fields)} fields, the cap is {FIELD_CAP}")
         for field in fields:
             label = f"{name}:{field.lineno}: field {ast.unparse(field.target)}"
-            if not any("  # " in line for line in lines[field.lineno - 1 : field.end_lineno]):
+            if (
+                field.lineno != field.end_lineno or "  # " not in lines[field.lineno - 1]
+            ):  # tyro reads this one
                 found.append(f"{label} has no comment")
             kinds = {node.id for node in ast.walk(field.annotation) if isinstance(node, ast.Name)}
             if kinds - SCALARS:
@@ -368,6 +370,12 @@ PLANTED: list[tuple[Rule, str, str, str]] = [  # rule, file, what is added to it
     (headers, "train_new.py", SCRIPT.replace("6 Rollout", "6 Rollouts"), "train_new.py: sections"),
     (headers, "train_new.py", SCRIPT.replace("# ---- 9 Teardown -----\n", ""), "train_new.py: sections"),
     (configurations, "train_new.py", SCRIPT.replace("  # how many", ""), "field steps has no comment"),
+    (
+        configurations,
+        "train_new.py",
+        SCRIPT.replace("steps: int = 3  # how many", "steps: int = (\n        3  # how many\n    )"),
+        "field steps has no comment",
+    ),
     (
         configurations,
         "train_new.py",

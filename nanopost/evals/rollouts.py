@@ -49,13 +49,29 @@ def completion_logps(
     return [logps[i] for i in range(len(samples))]
 
 
-def trace(chat: Chat, record: Record) -> Rollout:
+def trace(chat: Chat, record: Record, prompt: Sequence[int], *, longest: int) -> Rollout:
     """A record's own answer as a rollout, though no policy of ours sampled it: π_old is taken as 1 (LUFFY).
 
-    Returns: a rollout whose old log-probs are 0, stop token included.
-    Raises: ValueError with file and line when the record has no assistant turn.
+    Args:
+        prompt: the tokens that the other samples of the group continue; the answer must continue them too.
+        longest: tokens that fit into the model, prompt included.
+
+    Returns:
+        A rollout whose old log-probs are 0, stop token included.
+
+    Raises:
+        ValueError: with file and line: no assistant turn, an answer to another prompt, one that is too long.
     """
     sample = record_samples(chat, record)[-1]
+    if list(sample.ids[: sample.mask.index(True)]) != list(prompt):
+        raise ValueError(
+            f"{record.file}:{record.line}: the last answer is not one to the prompt sampled from"
+        )
+    if len(sample.ids) > longest:
+        length = len(sample.ids)
+        raise ValueError(
+            f"{record.file}:{record.line}: prompt and answer have {length} tokens, {longest} fit"
+        )
     ids = tuple(token for token, trained in zip(sample.ids, sample.mask, strict=True) if trained)
     old_logps, entropies = torch.zeros(2, len(ids))
     return Rollout(sample.ids[: sample.mask.index(True)], ids, old_logps, entropies, "stop")

@@ -1,6 +1,7 @@
 """How each variant weighs each token of one rollout: python -m nanopost.losses.variants --compare FILE."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .checks import check_count
 from .reduce import aggregate, local_denom
 from .variants import ROWS, Variant, policy_values, token_advantages
 
@@ -20,32 +22,56 @@ def read_rollout(path: Path) -> dict[str, Any]:
     Returns: its numbers, tokens, and tensors: rewards and traces (N,), the per-token ones (N, T).
     Raises: ValueError naming file, sample and key.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if missing := {"group_size", "max_tokens", "samples"} - data.keys() or not data["samples"]:
-        raise ValueError(f"{path}: a rollout needs group_size, max_tokens and samples, missing {missing}")
-    samples = [(f"{path}: samples[{i}]", {"mask": None} | row) for i, row in enumerate(data["samples"])]
+    data = _read(path)
+    samples = [(f"{path}: samples[{i}]", row) for i, row in enumerate(data["samples"])]
+    tokens = [_tokens(row, where) for where, row in samples]
     names = ["logps", "old_logps", "ref_logps", "mask", *(["values"] if "values" in samples[0][1] else [])]
     rows = {name: [_numbers(row, name, where) for where, row in samples] for name in names}
-    traces = torch.tensor([bool(row.get("trace", False)) for _, row in samples])
     rewards = torch.cat([_numbers(row, "reward", where) for where, row in samples])
-    tokens = [row["tokens"] for _, row in samples]
+    traces = torch.tensor([row.get("trace", False) is True for _, row in samples])
     padded = {name: pad_sequence(values, batch_first=True) for name, values in rows.items()}
     return data | padded | {"rewards": rewards, "traces": traces, "tokens": tokens}
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """The file's object, its two numbers and its list of samples checked."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    if not isinstance(data, dict) or not isinstance(data.get("samples"), list) or not data["samples"]:
+        raise ValueError(f"{path}: a rollout is an object with group_size, max_tokens and a list of samples")
+    for name in ("group_size", "max_tokens"):
+        try:
+            check_count(name, data.get(name), 1)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    if len(data["samples"]) % data["group_size"]:
+        raise ValueError(
+            f"{path}: group_size {data['group_size']} must divide {len(data['samples'])} samples"
+        )
+    return data
+
+
+def _tokens(sample: Any, where: str) -> list[str]:
+    tokens = sample.get("tokens") if isinstance(sample, dict) else None
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"{where}: tokens must be a list of at least one string, got {tokens!r}")
+    return tokens
+
+
 def _numbers(sample: dict[str, Any], name: str, where: str) -> Tensor:
     """A sample's numbers under a key, (T,), or (1,) for the reward."""
-    if not sample.get("tokens"):
-        raise ValueError(
-            f"{where}: tokens must be a list of at least one string, got {sample.get('tokens')!r}"
-        )
     count = 1 if name == "reward" else len(sample["tokens"])
-    numbers = [1.0] * count if name == "mask" and sample[name] is None else sample.get(name)
+    numbers = sample.get(name, [1.0] * count if name == "mask" else None)
     numbers = [numbers] if name == "reward" else numbers
     if not isinstance(numbers, list) or len(numbers) != count:
         raise ValueError(f"{where}: {name} must hold {count} number(s), one a token, got {numbers!r}")
-    if wrong := [x for x in numbers if isinstance(x, bool) or not isinstance(x, int | float)]:
-        raise ValueError(f"{where}: {name} must hold numbers, got {wrong[0]!r}")
+    for x in numbers:
+        if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
+            raise ValueError(f"{where}: {name} must hold finite numbers, got {x!r}")
+        if (name.endswith("logps") and x > 0) or (name == "mask" and x not in (0, 1)):
+            raise ValueError(f"{where}: {name} must be {'0 or 1' if name == 'mask' else '≤ 0'}, got {x!r}")
     return torch.tensor(numbers, dtype=torch.float64)
 
 

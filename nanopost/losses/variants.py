@@ -23,17 +23,39 @@ import torch
 from torch import Tensor
 
 from .advantages import group_advantages, leave_one_out_advantages, whiten
-from .checks import check_choice, check_groups, check_mask
+from .checks import (
+    check_choice,
+    check_dims,
+    check_fraction,
+    check_groups,
+    check_mask,
+    check_range,
+    check_same_shape,
+)
 from .kl import kl_estimate
 from .likelihood import sequence_logps
 from .policy import cispo_loss, clipped_surrogate_loss, off_policy_shaped_loss, reinforce_loss
-from .ratio import policy_ratio
+from .ratio import LEVELS, policy_ratio
+from .reduce import MODES
 from .returns import gae, kl_shaped_rewards, reward_to_go
+
+BASELINES: dict[str, Callable[[Tensor, int], Tensor]] = {  # of a completion; batch and critic are of a token
+    "none": lambda rewards, size: rewards,
+    "group_mean": lambda rewards, size: group_advantages(rewards, group_size=size, scale="none"),
+    "group_std": lambda rewards, size: group_advantages(rewards, group_size=size, scale="std"),
+    "leave_one_out": lambda rewards, size: leave_one_out_advantages(rewards, group_size=size),
+}
+SURROGATES: dict[str, Callable[..., Tensor]] = {
+    "log_prob": lambda logps, ratio, advantages, **clip: reinforce_loss(logps, advantages),
+    "clip": lambda logps, ratio, advantages, **clip: clipped_surrogate_loss(ratio, advantages, **clip),
+    "weight": lambda logps, ratio, advantages, **clip: cispo_loss(logps, ratio, advantages, **clip),
+    "traces": lambda logps, ratio, advantages, **clip: clipped_surrogate_loss(ratio, advantages, **clip),
+}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table; ε and β are the source's numbers."""
+    """A row of the table; ε and β are the source's numbers, or a framework's default where it gives none."""
 
     name: str
     baseline: str  # none, group_mean, group_std, leave_one_out, batch (whitened), critic (GAE)
@@ -45,6 +67,16 @@ class Variant:
     kl: str  # none, loss (k3), reward (k1)
     beta: float  # weight of the KL
     source: str
+
+    def __post_init__(self) -> None:
+        check_choice("baseline", self.baseline, (*BASELINES, "batch", "critic"))
+        check_choice("ratio", self.ratio, LEVELS)
+        check_choice("surrogate", self.surrogate, SURROGATES)
+        check_range("clip_low", self.clip_low, 0.0, 1.0)
+        check_range("clip_high", self.clip_high, 0.0, math.inf)
+        check_choice("aggregation", self.aggregation, MODES)
+        check_choice("kl", self.kl, ("none", "loss", "reward"))
+        check_fraction("beta", self.beta, math.inf)
 
 
 NO = 1.0, math.inf
@@ -67,13 +99,6 @@ ROWS = [  # name, baseline, ratio, surrogate, ε_low, ε_high, aggregation, kl, 
 ]
 VARIANTS = {row.name: row for row in ROWS}
 
-BASELINES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "none": lambda rewards, size: rewards,
-    "group_mean": lambda rewards, size: group_advantages(rewards, group_size=size, scale="none"),
-    "group_std": lambda rewards, size: group_advantages(rewards, group_size=size, scale="std"),
-    "leave_one_out": lambda rewards, size: leave_one_out_advantages(rewards, group_size=size),
-}
-
 
 def choose(loss: str, **overrides: float | None) -> Variant:
     """A row of the table by name, with other numbers for `clip_low`, `clip_high` or `beta` where not None.
@@ -82,10 +107,9 @@ def choose(loss: str, **overrides: float | None) -> Variant:
     """
     check_choice("loss", loss, VARIANTS)
     row, given = VARIANTS[loss], {key: value for key, value in overrides.items() if value is not None}
-    unused = {"beta"} if row.kl == "none" else set()
-    unused |= {"clip_low", "clip_high"} if row.surrogate == "log_prob" else set()
-    for key in unused & {key for key, value in given.items() if value}:
-        raise ValueError(f"{key} must not be given: {loss} has no such term, got {given[key]!r}")
+    for key, value in given.items():
+        if (row.kl == "none" and value != 0) if key == "beta" else row.surrogate == "log_prob":
+            raise ValueError(f"{key} must not be given: {loss} has no such term, got {value!r}")
     return replace(row, **given)  # type: ignore[arg-type]
 
 
@@ -114,7 +138,9 @@ def token_advantages(
     Returns: (N, T), detached, 0 outside the mask.
     Raises: ValueError when the critic's values are missing, and what the functions of the row raise.
     """
+    check_dims("mask", mask, 2)
     mask, rewards = check_mask("mask", mask), rewards.detach()
+    check_same_shape(rewards=rewards, rows=mask.any(dim=1))
     check_groups("rewards", rewards, group_size)
     if variant.kl == "reward" and variant.baseline in BASELINES:
         penalty = sequence_logps(old_logps, mask) - sequence_logps(ref_logps, mask)
@@ -151,21 +177,26 @@ def policy_values(
         mask: (N, T).
         traces: (N,), bool: rows that are off-policy traces; "traces" shapes them by f(π) = π/(π + .1).
     Returns: (N, T), any sign.
-    Raises: ValueError for an unknown surrogate and what the functions of the row raise.
+    Raises: ValueError for traces that are not one a row, and what the functions of the row raise.
     """
     ratio = policy_ratio(logps, old_logps, mask, level=variant.ratio)
     clip = {"clip_low": variant.clip_low, "clip_high": variant.clip_high}
-    if variant.surrogate == "log_prob":
-        values = reinforce_loss(logps, advantages)
-    elif variant.surrogate == "weight":
-        values = cispo_loss(logps, ratio, advantages, **clip)
-    else:
-        values = clipped_surrogate_loss(ratio, advantages, **clip)
+    values = SURROGATES[variant.surrogate](logps, ratio, advantages, **clip)
     if variant.surrogate == "traces" and traces is not None:
-        values = torch.where(traces[:, None], off_policy_shaped_loss(logps, advantages), values)
+        check_same_shape(traces=traces, rows=mask.any(dim=1))
+        shaped = off_policy_shaped_loss(logps, advantages)
+        values = torch.where(check_mask("traces", traces)[:, None], shaped, values)
     if variant.kl == "loss":
         values = values + variant.beta * kl_estimate(logps, ref_logps, kind="k3")
     return values
+
+
+def clip_holds(variant: Variant, ratio: Tensor, advantages: Tensor) -> Tensor:
+    """Where a row's clip has bitten, (N, T) bool: the token has no gradient, or a clipped weight (CISPO)."""
+    high, low = ratio > 1.0 + variant.clip_high, ratio < 1.0 - variant.clip_low
+    if variant.surrogate == "weight":
+        return high | low
+    return (high & (advantages > 0.0)) | (low & (advantages < 0.0))
 
 
 def table() -> str:

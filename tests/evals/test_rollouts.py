@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanopost.data.chat import decode
+from nanopost.data.chat import decode, prompt_ids, prompt_messages
 from nanopost.data.collate import collate
 from nanopost.data.schema import Sample, parse_record
 from nanopost.evals.rollouts import completion_logps, rollout_record, trace
@@ -65,21 +65,33 @@ def test_sequence_kl_is_the_mean_difference_of_whole_completions(model: Llama) -
 def test_a_trace_is_the_records_answer_up_to_its_stop(tmp_path: Path) -> None:
     chat = make_chat(tmp_path)
     messages = [{"role": "user", "content": "add one"}, {"role": "assistant", "content": "it is 2"}]
-    rollout = trace(chat, parse_record({"messages": messages}, file="x.jsonl", line=3))
+    record = parse_record({"messages": messages}, file="x.jsonl", line=3)
+    prompt = prompt_ids(chat, prompt_messages(record))
+    rollout = trace(chat, record, prompt, longest=200)
+    assert list(rollout.prompt_ids) == prompt
     assert decode(chat, rollout.completion_ids).startswith("it is 2")
     assert rollout.completion_ids[-1] in chat.stop_ids and "add one" in decode(chat, rollout.prompt_ids)
     assert len(rollout.old_logps) == len(rollout.completion_ids) and not rollout.old_logps.any()
+    length = len(rollout.sample.ids)
+    assert trace(chat, record, prompt, longest=length).sample == rollout.sample
+    with pytest.raises(
+        ValueError, match=rf"x\.jsonl:3: prompt and answer have {length} tokens, {length - 1} fit"
+    ):
+        trace(chat, record, prompt, longest=length - 1)
+    with pytest.raises(
+        ValueError, match=r"x\.jsonl:3: the last answer is not one to the prompt sampled from"
+    ):
+        trace(chat, record, prompt[:3], longest=200)
     with pytest.raises(ValueError, match=r"x\.jsonl:4: the record has no assistant turn"):
-        trace(chat, parse_record({"messages": messages[:1]}, file="x.jsonl", line=4))
+        trace(chat, parse_record({"messages": messages[:1]}, file="x.jsonl", line=4), prompt, longest=200)
 
 
 def test_a_written_record_holds_what_happened(tmp_path: Path) -> None:
     chat = make_chat(tmp_path)
     messages = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "two"}]
     record = parse_record({"messages": messages}, file="x.jsonl", line=3)
-    written = rollout_record(
-        chat, record, trace(chat, record), "two", Verdict(0.5, {"right": 1.0}, "ok"), -0.25
-    )
+    answer = trace(chat, record, prompt_ids(chat, prompt_messages(record)), longest=200)
+    written = rollout_record(chat, record, answer, "two", Verdict(0.5, {"right": 1.0}, "ok"), -0.25)
     assert "".join(written["tokens"]).startswith("two") and len(written["tokens"]) == len(
         written["old_logps"]
     )

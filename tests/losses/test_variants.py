@@ -5,6 +5,8 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,15 @@ import torch
 from torch import Tensor
 
 from nanopost.losses.compare import comparison, read_rollout, token_weights
-from nanopost.losses.variants import ROWS, VARIANTS, choose, policy_values, table, token_advantages
+from nanopost.losses.variants import (
+    ROWS,
+    VARIANTS,
+    choose,
+    clip_holds,
+    policy_values,
+    table,
+    token_advantages,
+)
 
 ROOT = Path(__file__).parents[2]
 ROLLOUT = ROOT / "docs" / "rollout.json"
@@ -138,6 +148,9 @@ def test_choose_overrides_what_a_row_has_and_refuses_the_rest() -> None:
         choose("trpo")
     with pytest.raises(ValueError, match=r"beta must not be given: dapo has no such term, got 0.1"):
         choose("dapo", beta=0.1)
+    with pytest.raises(ValueError, match=r"clip_low must not be given: reinforce has no such term, got 0.0"):
+        choose("reinforce", clip_low=0.0)
+    assert choose("dapo", beta=0.0) == VARIANTS["dapo"]
     with pytest.raises(ValueError, match=r"clip_high must not be given: rloo has no such term, got 0.2"):
         choose("rloo", clip_high=0.2)
 
@@ -154,6 +167,7 @@ def test_the_page_and_the_table_are_the_same() -> None:
     names: dict = {}
     exec(compile(block, "docs/variants.md", "exec"), names)
     assert list(names["TABLE"]) == list(VARIANTS)
+    assert re.findall(r"^ *(?:import|from) .*$", block, flags=re.MULTILINE) == ["import math"]
     for row in ROWS:
         knobs = (row.baseline, row.ratio, row.surrogate, row.clip_low, row.clip_high, row.aggregation)
         assert names["TABLE"][row.name] == (*knobs, row.kl, row.beta)
@@ -168,36 +182,116 @@ def test_page_shows_the_table_and_the_comparison() -> None:
     assert shown.strip() == done.stdout.strip()
 
 
+def drop(rollout: dict, key: str) -> None:
+    del rollout[key]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_tokens": None}, "a rollout needs group_size, max_tokens and samples"),
-        ({"samples": []}, "a rollout needs group_size, max_tokens and samples"),
-        ({"logps": [-0.1]}, r"samples\[1\]: logps must hold 2 number\(s\), one a token, got \[-0.1\]"),
-        ({"ref_logps": None}, r"samples\[1\]: ref_logps must hold 2 number\(s\), one a token, got None"),
-        ({"old_logps": [-0.1, "x"]}, r"samples\[1\]: old_logps must hold numbers, got 'x'"),
-        ({"reward": "good"}, r"samples\[1\]: reward must hold numbers, got 'good'"),
-        ({"tokens": []}, r"samples\[1\]: tokens must be a list of at least one string, got \[\]"),
-        ({"values": None}, r"samples\[1\]: values must hold 2 number\(s\), one a token, got None"),
+        (lambda r: drop(r, "max_tokens"), "max_tokens must be a whole number of at least 1, got None$"),
+        (lambda r: r.update(group_size=0), "group_size must be a whole number of at least 1, got 0$"),
+        (lambda r: r.update(group_size=3), "group_size 3 must divide 4 samples$"),
+        (
+            lambda r: r.update(samples=[]),
+            "a rollout is an object with group_size, max_tokens and a list of s",
+        ),
+        (lambda r: r["samples"].append(7), "group_size 4 must divide 5 samples$"),
+        (lambda r: r["samples"].__setitem__(1, 7), r"samples\[1\]: tokens must be a list .*, got None$"),
+        (
+            lambda r: r["samples"][1].update(tokens=["a", 2]),
+            r"samples\[1\]: tokens must be .*, got \['a', 2\]$",
+        ),
+        (
+            lambda r: r["samples"][1].update(logps=[-0.1]),
+            r"samples\[1\]: logps must hold 2 num.* got \[-0.1\]$",
+        ),
+        (lambda r: drop(r["samples"][1], "ref_logps"), r"samples\[1\]: ref_logps must hold 2 .* got None$"),
+        (lambda r: drop(r["samples"][1], "values"), r"samples\[1\]: values must hold 2 number.* got None$"),
+        (
+            lambda r: r["samples"][1]["old_logps"].__setitem__(1, "x"),
+            "old_logps must hold finite .* got 'x'$",
+        ),
+        (
+            lambda r: r["samples"][1]["logps"].__setitem__(0, float("nan")),
+            "logps must hold finite .* got nan$",
+        ),
+        (lambda r: r["samples"][1]["logps"].__setitem__(0, 0.5), r"logps must be ≤ 0, got 0.5$"),
+        (lambda r: r["samples"][1].update(mask=[1, 0.5]), r"samples\[1\]: mask must be 0 or 1, got 0.5$"),
+        (
+            lambda r: r["samples"][1].update(reward="good"),
+            r"samples\[1\]: reward must hold finite .* 'good'$",
+        ),
     ],
 )
-def test_a_bad_rollout_is_named(change: dict, message: str, tmp_path: Path) -> None:
+def test_a_bad_rollout_is_named(change: Callable[[dict], None], message: str, tmp_path: Path) -> None:
     rollout = json.loads(ROLLOUT.read_text(encoding="utf-8"))
-    ((key, value),) = change.items()
-    place = rollout if key in rollout else rollout["samples"][1]
-    place.pop(key) if value is None else place.update(change)
+    change(rollout)
     path = tmp_path / "rollout.json"
     path.write_text(json.dumps(rollout), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"rollout.json: {message}"):
+    with pytest.raises(ValueError, match=f"rollout.json: .*{message}|rollout.json: {message}"):
         read_rollout(path)
 
 
-def test_a_mask_leaves_tokens_out() -> None:
-    rollout = read_rollout(ROLLOUT)
-    rollout["mask"][2, 3:5] = 0.0
+@pytest.mark.parametrize("text", ["[1]", "{", "7"])
+def test_a_file_that_is_no_rollout_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "rollout.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rollout.json(:1: not JSON|: a rollout is an object)"):
+        read_rollout(path)
+
+
+def test_what_the_mask_leaves_out_has_no_weight_and_gives_none() -> None:
+    """Other log-probs and values in the masked slots: the same weights, to the bit."""
+    rollout, other = read_rollout(ROLLOUT), read_rollout(ROLLOUT)
+    for masked in (rollout, other):
+        masked["mask"][2, 3:5] = 0.0
+    for name in ("logps", "old_logps", "ref_logps", "values"):
+        other[name][2, 3:5] = torch.tensor([math.nan, -7.0], dtype=torch.float64)
     for row in ROWS:
         weights = token_weights(row, rollout)
-        assert not weights[2, 3:5].any() and torch.equal(weights, token_weights(row, rollout))
+        assert not weights[2, 3:5].any() and weights[2, :3].any() == (row.name != "reinforce")
+        assert torch.equal(weights, token_weights(row, other)), row.name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"baseline": "mean"}, "baseline must be one of 'none', .*, got 'mean'"),
+        ({"ratio": "word"}, "ratio must be one of 'token', 'sequence', got 'word'"),
+        ({"surrogate": "wieght"}, "surrogate must be one of 'log_prob', .*, got 'wieght'"),
+        ({"aggregation": "mean"}, "aggregation must be one of .*, got 'mean'"),
+        ({"kl": "lose"}, "kl must be one of 'none', 'loss', 'reward', got 'lose'"),
+        ({"clip_low": 0.0}, r"clip_low must lie in \(0.0, 1.0\], got 0.0"),
+        ({"clip_high": -0.1}, r"clip_high must lie in \(0.0, inf\], got -0.1"),
+        ({"beta": -0.1}, r"beta must lie in \[0, inf\), got -0.1"),
+        ({"beta": math.nan}, r"beta must lie in \[0, inf\), got nan"),
+    ],
+)
+def test_a_row_that_is_none_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(VARIANTS["grpo"], **change)
+
+
+def test_tensors_that_would_broadcast_are_refused() -> None:
+    rollout, row = on_policy(), VARIANTS["luffy"]
+    with pytest.raises(ValueError, match=r"rewards \(3,\), rows \(4,\)"):
+        token_weights(row, rollout | {"rewards": rollout["rewards"][:3]})
+    with pytest.raises(ValueError, match=r"traces \(1,\), rows \(4,\)"):
+        token_weights(row, rollout | {"traces": rollout["traces"][:1]})
+    with pytest.raises(ValueError, match=r"mask must have 2 dimension\(s\), got shape \(3,\)"):
+        token_weights(row, rollout | {"mask": rollout["mask"][0]})
+
+
+def test_the_clip_holds_where_the_gradient_is_cut() -> None:
+    """Signs and sides for the pessimistic clip, either side for CISPO's weight."""
+    ratio = torch.tensor([[0.5, 0.9, 1.1, 1.5], [0.5, 0.9, 1.1, 1.5]])
+    advantages = torch.tensor([[1.0] * 4, [-1.0] * 4])
+    held = clip_holds(VARIANTS["grpo"], ratio, advantages)
+    assert held.tolist() == [[False, False, False, True], [True, False, False, False]]
+    weight = replace(VARIANTS["cispo"], clip_low=0.2, clip_high=0.3)
+    assert clip_holds(weight, ratio, advantages).tolist() == [[True, False, False, True]] * 2
+    assert not clip_holds(VARIANTS["rloo"], ratio, advantages).any()
 
 
 def test_kl_where_a_row_has_none_is_not_read() -> None:

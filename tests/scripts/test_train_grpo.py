@@ -119,7 +119,10 @@ def test_resume_continues_bit_for_bit(start, tmp_path, flags):
 
 @pytest.mark.parametrize(
     "variant",
-    [["--loss", "grpo", "--beta", "0.05"], ["--loss", "reinforce++", "--beta", "0.05", "--resample", "1"]],
+    [
+        ["--loss", "grpo", "--beta", "0.05"],
+        ["--loss", "reinforce++", "--beta", "0.05", "--resample", "1", "--minibatches", "2"],
+    ],
     ids=lambda flags: flags[1],
 )
 def test_micro_batches_and_ranks_change_nothing(start, tmp_path, variant):
@@ -204,7 +207,7 @@ def test_luffy_learns_from_the_records_own_answers(start, tmp_path):
             assert all(any(row["old_logps"]) for row in own)
         own = [row["score"] for i, row in enumerate(rows) if i % 4 < 3]
         assert records(tmp_path / "run")[step]["reward"] == pytest.approx(sum(own) / len(own))
-    with pytest.raises(AssertionError, match=r"loss=luffy needs .* more samples than group_size=1"):
+    with pytest.raises(AssertionError, match=r"group_size must be at least 2 with loss=luffy, got 1"):
         train((model, data), tmp_path / "small", "--loss", "luffy", "--group-size", "1")
     with pytest.raises(AssertionError, match=r"rl\.jsonl:1: the record has no assistant turn"):
         train(start, tmp_path / "none", "--loss", "luffy")
@@ -246,8 +249,14 @@ def test_bad_input_is_named(start, tmp_path):
         train(start, tmp_path / "other", "--loss", "trpo")
     with pytest.raises(AssertionError, match=r"beta must not be given: dapo has no such term, got 0.1"):
         train(start, tmp_path / "other", "--loss", "dapo", "--beta", "0.1")
-    with pytest.raises(AssertionError, match="loss=ppo needs a critic"):
+    with pytest.raises(AssertionError, match="loss=ppo needs a critic, which this script has not"):
         train(start, tmp_path / "other", "--loss", "ppo")
+    with pytest.raises(AssertionError, match=r"beta must lie in \[0, inf\), got -0.5"):
+        train(start, tmp_path / "other", "--loss", "grpo", "--beta", "-0.5")
+    with pytest.raises(AssertionError, match="resample must be at least 0 with loss=nanopost, got -1"):
+        train(start, tmp_path / "other", "--resample", "-1")
+    with pytest.raises(AssertionError, match="overlong_cache=7 exceeds max_new_tokens=6"):
+        train(start, tmp_path / "other", "--overlong-cache", "7")
     with pytest.raises(AssertionError, match=r"prompts_per_step=8 must be a multiple of ranks × minibatches"):
         train(start, tmp_path / "other", "--minibatches", "3")
 
