@@ -11,6 +11,19 @@ from pathlib import Path
 from typing import Any
 
 PAGES = Path(__file__).parent.parent / "docs" / "losses"
+# Formulas that live elsewhere, because of what they work on; their pages have the same shape.
+ELSEWHERE = {
+    "dequantize_nf4": "nanopost.models.quant",
+    "lora_forward": "nanopost.models.lora",
+    "lora_weight": "nanopost.models.lora",
+    "mixed_lora_forward": "nanopost.models.adapters",
+    "pass_at_k": "nanopost.evals.accuracy",
+    "quantize_nf4": "nanopost.models.quant",
+    "quantize_scales": "nanopost.models.quant",
+    "record_samples": "nanopost.data.chat",
+    "render": "nanopost.data.chat",
+    "route": "nanopost.models.adapters",
+}
 
 
 def page_text(name: str) -> str:

@@ -16,12 +16,17 @@ from nanopost.data import chat
 from nanopost.data.schema import Message, Record
 from nanopost.evals import accuracy
 from nanopost.losses.variants import VARIANTS, policy_values, token_advantages
+from nanopost.models import adapters, lora, quant
 
 FRAMEWORK = "nanopost"
 VERSION = nanopost.__version__
 
 # Functions of several outputs, and what the vectors call them.
-OUTPUTS = {"gae": ("advantages", "returns"), "calibration": ("counts", "wins", "expected")}
+OUTPUTS = {
+    "gae": ("advantages", "returns"),
+    "calibration": ("counts", "wins", "expected"),
+    "quantize_scales": ("codes", "seconds", "mean"),
+}
 
 
 def tensor(array: Any) -> Tensor:
@@ -30,16 +35,16 @@ def tensor(array: Any) -> Tensor:
     return found.double().requires_grad_() if found.is_floating_point() else found
 
 
-def offer(name: str) -> Callable[..., dict[str, Any]]:
+def offer(name: str, module: Any = losses) -> Callable[..., dict[str, Any]]:
     """The function of this name as an adapter's: tensors in the order of its signature, numbers by name."""
-    function = getattr(losses, name)
+    function = getattr(module, name)
     order = [p.name for p in inspect.signature(function).parameters.values() if p.kind != p.KEYWORD_ONLY]
 
     def adapted(inputs: dict[str, Any], arguments: dict[str, Any], upstream: Any) -> dict[str, Any]:
         tensors = {key: tensor(array) for key, array in inputs.items()}
         values = function(*(tensors[key] for key in order if key in tensors), **arguments)
         if name in OUTPUTS:
-            return {"values": {key: v.numpy() for key, v in zip(OUTPUTS[name], values, strict=True)}}
+            return {"values": {key: v.detach().numpy() for key, v in zip(OUTPUTS[name], values, strict=True)}}
         if upstream is None:
             return {"values": np.asarray(values)}
         weight = torch.as_tensor(upstream)
@@ -57,6 +62,11 @@ def offer(name: str) -> Callable[..., dict[str, Any]]:
 
 for _name in losses.__all__:
     globals()[_name] = offer(_name)
+
+lora_weight = offer("lora_weight", lora)
+lora_forward = offer("lora_forward", lora)
+mixed_lora_forward = offer("mixed_lora_forward", adapters)
+quantize_scales = offer("quantize_scales", quant)
 
 
 def pass_at_k(inputs: dict[str, Any], arguments: dict[str, Any], upstream: Any) -> dict[str, Any]:
@@ -77,6 +87,25 @@ def variants(inputs: dict[str, Any], arguments: dict[str, Any], upstream: Any) -
     scalar.backward()
     gradients = {"logps": logps.grad.numpy()}
     return {"values": loss.detach().numpy(), "scalar": scalar.item(), "gradients": gradients}
+
+
+def quantize_nf4(inputs: dict[str, Any], arguments: dict[str, Any], upstream: Any) -> dict[str, Any]:
+    """A code a weight, as the vectors have them; in memory two share a byte."""
+    weight = tensor(inputs["weight"])
+    codes, scales = quant.quantize_nf4(weight, **arguments)
+    codes = quant.unpack_nf4(codes, weight.numel()).reshape(weight.shape)
+    return {"values": {"codes": codes.numpy(), "scales": scales.numpy()}}
+
+
+def dequantize_nf4(inputs: dict[str, Any], arguments: dict[str, Any], upstream: Any) -> dict[str, Any]:
+    codes, scales = tensor(inputs["codes"]), tensor(inputs["scales"]).detach()
+    packed = quant.pack_nf4(codes.flatten())
+    return {"values": quant.dequantize_nf4(packed, scales, shape=tuple(codes.shape), **arguments).numpy()}
+
+
+def route(inputs: dict[str, Any], arguments: dict[str, Any], upstream: Any) -> dict[str, Any]:
+    table = {(tenant, version): int(adapter) for tenant, version, adapter in inputs["table"]}
+    return {"values": adapters.route(table, arguments["tenant"], arguments["version"])}
 
 
 # ---- chat
