@@ -46,10 +46,8 @@ def _read(path: Path) -> dict[str, Any]:
             check_count(name, data.get(name), 1)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    if len(data["samples"]) % data["group_size"]:
-        raise ValueError(
-            f"{path}: group_size {data['group_size']} must divide {len(data['samples'])} samples"
-        )
+    if (count := len(data["samples"])) % data["group_size"]:
+        raise ValueError(f"{path}: group_size {data['group_size']} must divide {count} samples")
     return data
 
 

@@ -143,8 +143,7 @@ def token_advantages(
     check_same_shape(rewards=rewards, rows=mask.any(dim=1))
     check_groups("rewards", rewards, group_size)
     if variant.kl == "reward" and variant.baseline in BASELINES:
-        penalty = sequence_logps(old_logps, mask) - sequence_logps(ref_logps, mask)
-        rewards = rewards - variant.beta * penalty.detach()
+        rewards = rewards - variant.beta * sequence_logps((old_logps - ref_logps).detach(), mask)
     if variant.baseline in BASELINES:
         advantages = BASELINES[variant.baseline](rewards, group_size)
         return advantages[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
