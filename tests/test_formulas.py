@@ -11,13 +11,9 @@ import pytest
 from nanopost import losses
 from tests import pages
 from tests.museum import mutants
+from tests.pages import ELSEWHERE
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = {
-    "pass_at_k": "nanopost.evals.accuracy",
-    "record_samples": "nanopost.data.chat",
-    "render": "nanopost.data.chat",
-}
 FUNCTIONS = sorted([*losses.__all__, *ELSEWHERE])
 INDEX = {row["function"]: row for row in pages.table(pages.page_text("README")) if "function" in row}
 FORMULAS = {
@@ -25,7 +21,6 @@ FORMULAS = {
     for row in pages.table((ROOT / "docs" / "formulas.md").read_text(encoding="utf-8"))
     if "vectors" in row
 }
-NOT_BUILT = ("F5", "F6", "F7", "F8")  # LoRA, merging, NF4, routing: formulas of weights
 
 
 def named(cell: str) -> list[str]:
@@ -45,12 +40,19 @@ def mutated() -> set[str]:
     return found
 
 
+def called(path: Path) -> set[str]:
+    """The names that a file calls, or hands to a call."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    handed = [x for call in calls for x in [call.func, *call.args, *(k.value for k in call.keywords)]]
+    return {node.id for node in handed if isinstance(node, ast.Name)}
+
+
 def test_every_formula_has_a_row() -> None:
     assert list(FORMULAS) == [f"F{number}" for number in range(1, 41)]
-    assert tuple(f for f, row in FORMULAS.items() if not named(row["functions and their pages"])) == NOT_BUILT
+    assert all(named(row["functions and their pages"]) for row in FORMULAS.values())
 
 
-@pytest.mark.parametrize("formula", [formula for formula in FORMULAS if formula not in NOT_BUILT])
+@pytest.mark.parametrize("formula", FORMULAS)
 def test_formula_and_index_name_the_same_functions(formula: str) -> None:
     here = named(FORMULAS[formula]["functions and their pages"])
     there = [name for name, row in INDEX.items() if formula in re.findall(r"F\d+", row["formula"])]
@@ -59,14 +61,24 @@ def test_formula_and_index_name_the_same_functions(formula: str) -> None:
     assert vectors == here
 
 
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_the_check_of_a_row_runs_the_tests_of_its_pages(formula: str) -> None:
+    files, wanted = FORMULAS[formula]["check"].split(" -k ")
+    text = "".join((ROOT / file).read_text(encoding="utf-8") for file in files.split())
+    names = named(FORMULAS[formula]["functions and their pages"])
+    assert set(files.split()) == {INDEX[name]["test"] for name in names}
+    prefixes = [f"test_{pages.invariants(name)[0].removesuffix('1')}" for name in names]
+    assert wanted.strip('"').split(" or ") == prefixes
+    assert all(re.search(rf"def {prefix}\d+_", text) for prefix in prefixes)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_has_page_test_and_vectors(name: str) -> None:
     assert callable(getattr(importlib.import_module(ELSEWHERE.get(name, "nanopost.losses")), name))
     assert f"`{name}`" in (ROOT / "docs" / "losses" / "README.md").read_text(encoding="utf-8")
     assert pages.invariants(name)
     test = ROOT / INDEX[name]["test"]
-    names = {node.id for node in ast.walk(ast.parse(test.read_text("utf-8"))) if isinstance(node, ast.Name)}
-    assert name in names, f"{test} does not call {name}"
+    assert name in called(test), f"{test} does not call {name}"
     vectors = json.loads((ROOT / "vectors" / f"{name}.json").read_text(encoding="utf-8"))
     assert vectors["function"] == name and len(vectors["cases"]) >= 8
 

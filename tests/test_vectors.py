@@ -15,10 +15,11 @@ import jsonschema
 import pytest
 
 from nanopost import losses
+from tests import pages
 
 ROOT = Path(__file__).parents[1]
 VECTORS = ROOT / "vectors"
-ELSEWHERE = ["pass_at_k", "record_samples", "render", "variants"]
+ELSEWHERE = [*pages.ELSEWHERE, "variants"]
 FILES = sorted(path.stem for path in VECTORS.glob("*.json") if path.stem != "schema")
 SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -187,7 +188,7 @@ always("policy_ratio", level="token")
 always("importance_weights", mode="truncate", low=0.0)
 """
 FOUND = {  # a piece of each dialect that the fixed arguments are right for
-    "group_advantages": ["TRL scale_rewards=group"],
+    "group_advantages": ["TRL scale_rewards=group", "a group of one"],
     "clipped_surrogate_loss": ["PPO, GRPO"],
     "cispo_loss": ["verl"],
     "dpo_loss": ["sums", "means"],
@@ -228,7 +229,11 @@ PLANTED = {  # what the adapter does -> its text, the exit code, what is said
     "half of it": (
         SFT + "    return {'values': result['values'] / 2, 'gradients': {'logps': -upstream / 2}}\n",
         1,
-        [r"everywhere ×0\.5$", r"values\[\d\]\[\d\]: ours .*, theirs .*, ratio 0\.5"],
+        [
+            r"sft_loss .*  everywhere ×0\.5$",
+            r"^    \S.* \(every framework\): differs$",
+            r"values\[\d\]\[\d\]: ours .*, theirs .*, ratio 0\.5.*; everywhere ×0\.5$",
+        ],
     ),
     "wrong sign of the gradient": (
         SFT + "    return result | {'gradients': {'logps': upstream}}\n",
@@ -243,7 +248,10 @@ PLANTED = {  # what the adapter does -> its text, the exit code, what is said
     "a mean where the sum is asked for": (
         SFT + "    return {'scalar': scalar / (upstream != 0).sum()}\n",
         1,
-        [r"scalar: ours .*, theirs .*, ratio 0\.\d+"],
+        [
+            r"sft_loss .*  \D+.*: scalar: ours",
+            r"scalar: ours .*, theirs .*, ratio 0\.\d+, relative error \S+$",
+        ],
     ),
     "NaN": (SFT + "    return {'scalar': float('nan')}\n", 1, [r"scalar: ours .*, theirs nan"]),
     "wrong shape": (
@@ -252,16 +260,16 @@ PLANTED = {  # what the adapter does -> its text, the exit code, what is said
         [r"values\[0\]\[4\]: ours alone has it"],
     ),
     "scalar alone": (SFT + "    return {'scalar': scalar}\n", 0, [r"sft_loss +— +7 +7 +0"]),
-    "missing function": (WHO, 0, [r"sft_loss +— +7 +0 +0 +7 +0$"]),
+    "missing function": (WHO, 0, [r"^not offered: sft_loss$"]),
     "not expressible": (
         WHO + "def sft_loss(inputs, arguments, upstream):\n    raise NotImplementedError('no weights')\n",
         0,
-        [r"sft_loss +— +7 +0 +0 +7 +0  no weights$", r"full: not offered: no weights"],
+        [r"sft_loss +— +7 +0 +0 +7 +0  .+: no weights$", r"^    full.*: not offered: no weights$"],
     ),
     "crash": (
         WHO + "def sft_loss(inputs, arguments, upstream):\n    return 1 / 0\n",
         2,
-        [r"sft_loss +— +7 +0 +0 +0 +7  ZeroDivisionError"],
+        [r"sft_loss +— +7 +0 +0 +0 +7  .+: ZeroDivisionError", r"crashed: Zero.* at /.*planted\.py:4$"],
     ),
     "misspelt part": (
         SFT + "    return {'value': values}\n",
@@ -272,6 +280,22 @@ PLANTED = {  # what the adapter does -> its text, the exit code, what is said
         SFT + "    return {'gradients': {'logits': values}}\n",
         2,
         [r"gradients of what is no input: \['logits'\]"],
+    ),
+    "nothing": (SFT, 2, [r"sft_loss .*returns a dict of some of \[.*\], got None"]),
+    "gradients that are none": (
+        SFT + "    return {'gradients': None}\n",
+        2,
+        [r"sft_loss .*TypeError\('gradients is None, not a dict"],
+    ),
+    "a gradient that is none": (
+        SFT + "    return {'gradients': {'logps': None}}\n",
+        2,
+        [r"sft_loss .*gradients\.logps is None, which is no number"],
+    ),
+    "a text for a number": (
+        SFT + "    return {'scalar': 'half'}\n",
+        2,
+        [r"sft_loss .*scalar is 'half', which is no number"],
     ),
     "float32 within its tolerance": (
         SFT.replace("inputs['logps']", "inputs['logps'].astype(np.float32)")

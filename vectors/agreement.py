@@ -11,6 +11,7 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "agreement.md"
@@ -25,7 +26,7 @@ ABSENT = "No counterpart: "
 Counts = dict[str, tuple[int, ...]]
 
 
-def counts_of(results: list[dict[str, str]]) -> Counts:
+def counts_of(results: list[dict[str, Any]]) -> Counts:
     """How many cases of each function agree, differ and are not offered; one that crashes is an error."""
     if crashed := [result for result in results if result["outcome"] not in OUTCOMES]:
         raise ValueError(f"the adapter crashed: {crashed[0]}")
@@ -39,8 +40,8 @@ def counts_of(results: list[dict[str, str]]) -> Counts:
     }
 
 
-def measure(framework: str) -> tuple[str, Counts]:
-    """The framework's version and its counts, from check.py in a process of its own."""
+def measure(framework: str) -> tuple[str, list[dict[str, Any]]]:
+    """The framework's version and the result of each case, from check.py in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         command = [sys.executable, HERE / "check.py", "--adapter", HERE / "adapters" / ADAPTERS[framework][0]]
@@ -48,7 +49,7 @@ def measure(framework: str) -> tuple[str, Counts]:
         if not found.exists():
             raise RuntimeError(f"check.py ended with {done.returncode}: {done.stderr[-2000:]}")
         report = json.loads(found.read_text(encoding="utf-8"))
-    return report["version"], counts_of(report["results"])
+    return report["version"], report["results"]
 
 
 def section(text: str, framework: str) -> str:
@@ -93,7 +94,8 @@ def rewritten(framework: str, text: str, version: str, counts: Counts) -> str:
 def main() -> int:
     text = PAGE.read_text(encoding="utf-8")
     for framework in ADAPTERS:
-        text = rewritten(framework, text, *measure(framework))
+        version, results = measure(framework)
+        text = rewritten(framework, text, version, counts_of(results))
     PAGE.write_text(text, encoding="utf-8")
     return 0
 

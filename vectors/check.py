@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import sys
+import traceback
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -110,12 +111,14 @@ def gap(ours: Any, theirs: Any, scale: float) -> float:
 
 
 def common_ratio(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> float | None:
-    """theirs/ours, if it is one and the same everywhere."""
-    if any(isinstance(v, str) or not math.isfinite(v) for v in (*ours.values(), *theirs.values())):
+    """theirs/ours, if it is one and the same everywhere and there are two places at least to see it."""
+    ours = {place: v for place, v in ours.items() if v != theirs[place] or v not in (math.inf, -math.inf)}
+    both = [v for place in ours for v in (ours[place], theirs[place])]
+    if any(isinstance(v, str) or not math.isfinite(v) for v in both):
         return None
     ratios = [theirs[place] / value for place, value in ours.items() if value]
     zeros = all(abs(theirs[place]) <= tolerance for place, value in ours.items() if not value)
-    constant = ratios and max(ratios) - min(ratios) <= 10 * tolerance * abs(ratios[0])
+    constant = len(ratios) > 1 and max(ratios) - min(ratios) <= 10 * tolerance * abs(ratios[0])
     return ratios[0] if constant and zeros else None
 
 
@@ -126,6 +129,9 @@ def difference(part: str, ours: Any, theirs: Any, tolerance: float) -> dict[str,
     1e-6 and 1: near a zero nobody's digits count, and what float64 rounds away is no other formula.
     """
     ours, theirs = numbers(ours), numbers(theirs)
+    for place, leaf in theirs.items():
+        if not isinstance(leaf, int | float | type(ours.get(place, 0.0))):
+            raise TypeError(f"{part}{place} is {leaf!r:.60}, which is no number")
     if ours.keys() != theirs.keys():
         odd = min(ours.keys() ^ theirs.keys(), key=lambda place: (len(place), place))
         return {
@@ -156,6 +162,21 @@ def difference(part: str, ours: Any, theirs: Any, tolerance: float) -> dict[str,
 # ---- one case
 
 
+def offered(theirs: Any, case: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Ours and theirs of each part that the adapter returned and the case has."""
+    if not isinstance(theirs, dict) or not theirs or not theirs.keys() <= PARTS:
+        raise TypeError(f"an adapter returns a dict of some of {sorted(PARTS)}, got {theirs!r:.80}")
+    gradients = theirs.get("gradients", {})
+    if not isinstance(gradients, dict):
+        raise TypeError(f"gradients is {gradients!r:.60}, not a dict by input name")
+    if unknown := gradients.keys() - case["inputs"].keys():
+        raise TypeError(f"gradients of what is no input: {sorted(unknown)}")
+    pairs = {part: (case[part], theirs[part]) for part in ("values", "scalar") if part in theirs}
+    names = case["gradients"].keys() & gradients.keys()
+    pairs |= {f"gradients.{name}": (case["gradients"][name], gradients[name]) for name in names}
+    return {part: pair for part, pair in pairs.items() if pair[0] is not None}
+
+
 def run_case(function: Any, case: dict[str, Any], tolerance: float) -> dict[str, Any]:
     """Call the adapter and compare each part that it offers."""
     upstream = None if case["upstream"] is None else np.asarray(case["upstream"], dtype=np.float64)
@@ -163,26 +184,19 @@ def run_case(function: Any, case: dict[str, Any], tolerance: float) -> dict[str,
     arguments = {name: plain(decode(value)) for name, value in case["arguments"].items()}
     try:
         theirs = function(inputs, arguments, upstream)
-        if not isinstance(theirs, dict) or not theirs or not theirs.keys() <= PARTS:
-            raise TypeError(f"an adapter returns a dict of some of {sorted(PARTS)}, got {theirs!r:.80}")
-        unknown = theirs.get("gradients", {}).keys() - case["inputs"].keys()
-        if unknown:
-            raise TypeError(f"gradients of what is no input: {sorted(unknown)}")
+        pairs = offered(theirs, case)
+        found = [difference(part, *pair, tolerance) for part, pair in sorted(pairs.items())]
     except NotImplementedError as error:
         return {"outcome": "not offered", "why": str(error), "compared": [], "differences": []}
     except Exception as error:  # whatever a framework raises
-        return {"outcome": "crashed", "why": repr(error), "compared": [], "differences": []}
-    pairs = {part: (case[part], theirs[part]) for part in ("values", "scalar") if part in theirs}
-    for name in case["gradients"].keys() & theirs.get("gradients", {}).keys():
-        pairs[f"gradients.{name}"] = case["gradients"][name], theirs["gradients"][name]
-    found = [
-        difference(part, *pair, tolerance) for part, pair in sorted(pairs.items()) if pair[0] is not None
-    ]
+        here, *frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == frames[0].filename != here.filename]
+        at = f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+        return {"outcome": "crashed", "why": repr(error), "at": at, "compared": [], "differences": []}
     differences = [one for one in found if one]
-    compared = [part for part, pair in sorted(pairs.items()) if pair[0] is not None]
-    outcome = "differs" if differences else "agrees" if compared else "not offered"
-    why = "" if compared else "nothing that this case has"
-    return {"outcome": outcome, "why": why, "compared": compared, "differences": differences}
+    outcome = "differs" if differences else "agrees" if pairs else "not offered"
+    why = "" if pairs else "nothing that this case has"
+    return {"outcome": outcome, "why": why, "compared": sorted(pairs), "differences": differences}
 
 
 def run(adapter: ModuleType, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -211,23 +225,24 @@ def words(one: dict[str, Any]) -> str:
 
 
 def gist(results: list[dict[str, Any]]) -> str:
-    """What the cases of one line have in common, or the first thing that happened."""
-    differences = [one for result in results for one in result["differences"]]
-    factors = {
-        f"everywhere ×{one['everywhere']:.6g}" for one in differences if one.get("everywhere") is not None
-    }
-    if differences and len(factors) == 1 and all(one.get("everywhere") is not None for one in differences):
-        return factors.pop()
-    if differences:
-        return words(differences[0])
-    return next((result["why"] for result in results if result["why"]), "")
+    """What the cases of one line have in common, or the first thing that happened and in which case."""
+    differences = [(result["case"], one) for result in results for one in result["differences"]]
+    factor = next((one["everywhere"] for _, one in differences if one.get("everywhere") is not None), None)
+    ratios = [one.get("ratio") for _, one in differences]
+    if factor is not None and all(r is not None and math.isclose(r, factor, rel_tol=1e-4) for r in ratios):
+        return f"everywhere ×{factor:.6g}"
+    crashes = [f"{result['case']}: {result['why']}" for result in results if result["outcome"] == "crashed"]
+    reasons = [f"{result['case']}: {result['why']}" for result in results if result["why"]]
+    return next(iter([*crashes, *(f"{case}: {words(one)}" for case, one in differences), *reasons]), "")
 
 
 def table(results: list[dict[str, Any]], verbose: bool) -> Iterator[str]:
-    """One line for each function and dialect; with `verbose` each case below it."""
+    """One line for each function and dialect; with `verbose` each case below it; last what is not offered."""
     yield f"{'function':30} {'dialect':40} {'cases':>5}" + "".join(f" {name:>11}" for name in OUTCOMES)
+    some = {result["function"] for result in results if result["outcome"] != "not offered" or result["why"]}
     ordered = sorted(results, key=lambda result: (result["function"], result["dialect"] or ""))
-    for (function, dialect), group in groupby(ordered, key=lambda r: (r["function"], r["dialect"])):
+    shown = [result for result in ordered if result["function"] in some]
+    for (function, dialect), group in groupby(shown, key=lambda r: (r["function"], r["dialect"])):
         lines = list(group)
         counts = [sum(line["outcome"] == name for line in lines) for name in OUTCOMES]
         label = dialect or "—"
@@ -235,8 +250,12 @@ def table(results: list[dict[str, Any]], verbose: bool) -> Iterator[str]:
         row = f"{function:30} {label:40} {len(lines):5}" + "".join(f" {count:11}" for count in counts)
         yield f"{row}  {gist(lines)}".rstrip()
         for line in lines if verbose else ():
-            yield f"    {line['case']}: {line['outcome']}" + (f": {line['why']}" if line["why"] else "")
+            case = f"    {line['case']}" + (f" ({dialect})" if dialect else "")
+            at = f" at {line['at']}" if line.get("at") else ""
+            yield f"{case}: {line['outcome']}" + (f": {line['why']}" if line["why"] else "") + at
             yield from (f"        {words(one)}" for one in line["differences"])
+    if absent := sorted({result["function"] for result in results} - some):
+        yield f"not offered: {', '.join(absent)}"
 
 
 def main() -> int:

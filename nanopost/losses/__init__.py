@@ -8,7 +8,8 @@ runs.
 
 from .advantages import group_advantages, informative_groups, leave_one_out_advantages, whiten
 from .calibration import calibration, elo_from_reward, win_fraction
-from .distill import forward_kl, generalized_jsd, hidden_state_loss, reverse_kl, top_k_forward_kl
+from .distill import forward_kl, generalized_jsd, reverse_kl, top_k_forward_kl
+from .hidden import hidden_state_loss
 from .kl import entropy, kl_estimate, kl_loss_with_correct_gradient
 from .likelihood import preference_margin, sequence_logps, sft_loss, token_logps, truncate_logits
 from .policy import cispo_loss, clipped_surrogate_loss, off_policy_shaped_loss, reinforce_loss

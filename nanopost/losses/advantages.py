@@ -2,11 +2,13 @@
 
 Rewards come as (N,), the G samples of a prompt adjacent. Every group is first taken relative to its own first
 reward, so a group of equal rewards gives exactly 0 in every dtype: a rounding residue divided by a small ε
-would be a signal. `whiten` does the same for a whole step.
+would be a signal. `whiten` does the same for a whole step. All of it is computed in float64, where the
+squares of float32 numbers have room, and rounded once at the end.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .checks import (
@@ -14,6 +16,7 @@ from .checks import (
     check_count,
     check_dims,
     check_finite,
+    check_floating,
     check_groups,
     check_mask,
     check_positive,
@@ -25,9 +28,14 @@ SCALES = ("none", "std")
 
 
 def _relative(rewards: Tensor, group_size: int) -> Tensor:
-    """Rewards as (groups, G), each group minus its first reward: exactly 0 in a constant group."""
-    grouped = wide(rewards).detach().reshape(-1, group_size)
+    """Rewards as (groups, G), float64, each group minus its first reward: exactly 0 in a constant group."""
+    grouped = rewards.detach().double().reshape(-1, group_size)
     return grouped - grouped[:, :1]
+
+
+def _as_weights(advantages: Tensor, rewards: Tensor) -> Tensor:
+    """One number a reward again, (N,), in promote_types(the rewards' dtype, float32)."""
+    return advantages.flatten().to(torch.promote_types(rewards.dtype, torch.float32))
 
 
 def group_advantages(
@@ -42,7 +50,7 @@ def group_advantages(
     true one times (G − 1)/G; "std" bends its direction as well (docs/oracle.md).
 
     Args:
-        rewards: (N,), finite; the rows of a group adjacent; detached.
+        rewards: (N,), finite, integers too; the rows of a group adjacent; detached.
         group_size: G ≥ 1, divides N.
         scale: "none" or "std".
         ddof: 1 for the unbiased variance, 0 for the biased one.
@@ -54,8 +62,8 @@ def group_advantages(
         [.75, −.25, −.25, −.25].
 
     Raises:
-        ValueError: rewards not (N,), empty or not finite, G < 1 or a G that does not divide N, an unknown
-            scale, ddof not 0 or 1, ε ≤ 0.
+        ValueError: rewards not (N,), empty, not finite, bool or complex, G < 1 or a G that does not divide N,
+            an unknown scale, ddof not 0 or 1, ε ≤ 0.
 
     Reference:
         "std": Shao et al. 2024 (GRPO), §4.1.2. "none": Liu et al. 2025 (Dr. GRPO), §3.
@@ -76,7 +84,7 @@ def group_advantages(
     if scale == "std":
         variance = advantages.square().sum(dim=1, keepdim=True) / max(group_size - ddof, 1)
         advantages = advantages / (variance.sqrt() + eps)
-    return advantages.flatten()
+    return _as_weights(advantages, rewards)
 
 
 def leave_one_out_advantages(rewards: Tensor, *, group_size: int) -> Tensor:
@@ -88,7 +96,7 @@ def leave_one_out_advantages(rewards: Tensor, *, group_size: int) -> Tensor:
     true one.
 
     Args:
-        rewards: (N,), finite; the rows of a group adjacent; detached.
+        rewards: (N,), finite, integers too; the rows of a group adjacent; detached.
         group_size: G ≥ 2, divides N; a group of one has no other sample to compare with.
 
     Returns:
@@ -96,7 +104,7 @@ def leave_one_out_advantages(rewards: Tensor, *, group_size: int) -> Tensor:
         exactly 0 in a group of equal rewards. [1, 0, 0, 0] gives [1, −⅓, −⅓, −⅓].
 
     Raises:
-        ValueError: rewards not (N,), empty or not finite, G < 2 or a G that does not divide N.
+        ValueError: rewards not (N,), empty, not finite, bool or complex, G < 2 or a G that does not divide N.
 
     Reference:
         Kool et al. 2019; Ahmadian et al. 2024 (RLOO), §2.
@@ -111,7 +119,7 @@ def leave_one_out_advantages(rewards: Tensor, *, group_size: int) -> Tensor:
     check_groups("rewards", rewards, group_size)
     relative = _relative(rewards, group_size)
     others = (relative.sum(dim=1, keepdim=True) - relative) / (group_size - 1)
-    return (relative - others).flatten()
+    return _as_weights(relative - others, rewards)
 
 
 def informative_groups(rewards: Tensor, *, group_size: int) -> Tensor:
@@ -121,10 +129,10 @@ def informative_groups(rewards: Tensor, *, group_size: int) -> Tensor:
 
     r are the G rewards of one prompt. A group of equal rewards, all right or all wrong, has advantages 0
     under every baseline; dynamic sampling drops it and draws other prompts until the step is full. Equal
-    means equal as numbers, in the dtype the rewards come in.
+    means equal as float64 numbers, in which the advantages are computed.
 
     Args:
-        rewards: (N,), finite; the rows of a group adjacent; no gradient.
+        rewards: (N,), finite, integers too; the rows of a group adjacent; no gradient.
         group_size: G ≥ 1, divides N.
 
     Returns:
@@ -132,8 +140,8 @@ def informative_groups(rewards: Tensor, *, group_size: int) -> Tensor:
         dropped: it has nothing to compare with.
 
     Raises:
-        ValueError: rewards not (N,), empty or not finite (a missing reward is no reward of 0), G < 1 or a G
-            that does not divide N.
+        ValueError: rewards not (N,), empty, not finite (a missing reward is no reward of 0), bool or complex,
+            G < 1 or a G that does not divide N.
 
     Reference:
         Yu et al. 2025 (DAPO), eq. 11.
@@ -146,8 +154,7 @@ def informative_groups(rewards: Tensor, *, group_size: int) -> Tensor:
     """
     check_count("group_size", group_size, 1)
     check_groups("rewards", rewards, group_size)
-    grouped = rewards.detach().reshape(-1, group_size)
-    differs = grouped != grouped[:, :1]
+    differs = _relative(rewards, group_size) != 0.0
     return differs.any(dim=1).repeat_interleave(group_size)
 
 
@@ -182,8 +189,8 @@ def whiten(
         [−.7071, .7071] and with ddof = 0 [−1, 1].
 
     Raises:
-        ValueError: shapes differ or are not (B, T), a mask that is not 0/1, a value in the mask that is not
-            finite, ddof not 0 or 1, ε ≤ 0.
+        ValueError: shapes differ or are not (B, T), advantages not floating point or in the mask not finite,
+            a mask that is not 0/1, ddof not 0 or 1, ε ≤ 0.
 
     Reference:
         Hu et al. 2025 (REINFORCE++), global advantage normalisation.
@@ -194,6 +201,7 @@ def whiten(
     >>> whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1, 1, 0]]), ddof=0)
     tensor([[-1.,  1.,  0.]])
     """
+    check_floating(advantages=advantages)
     check_same_shape(advantages=advantages, mask=mask)
     check_dims("advantages", advantages, 2)
     check_choice("ddof", ddof, (0, 1))

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_dims, check_finite, check_floats, wide
+from .checks import check_dims, check_finite, check_floats, held, wide
 
 ELO_PER_NAT = 400.0 / math.log(10.0)  # 173.72 points for a reward difference of 1
 
@@ -78,9 +78,7 @@ def win_fraction(elo_difference: Tensor) -> Tensor:
     tensor([0.5000, 0.9091, 0.0909])
     """
     check_floats(elo_difference=elo_difference)
-    difference = wide(elo_difference) / ELO_PER_NAT
-    bound = torch.finfo(difference.dtype).max  # keeps a NaN and cuts its gradient
-    return difference.clamp(-bound, bound).sigmoid()
+    return held(wide(elo_difference) / ELO_PER_NAT).sigmoid()
 
 
 def calibration(

@@ -5,7 +5,7 @@ and no number outside its range gets as far as a formula.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -16,6 +16,32 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def held(values: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """The values inside [low, high] and inside the finite floats; a NaN stays.
+
+    Outside and at a NaN the gradient is 0: a loss that is masked later sends no 0 · NaN or 0 · ∞ back.
+    """
+    largest = torch.finfo(values.dtype).max
+    return values.clamp(max(low, -largest), min(high, largest))
+
+
+def squared(errors: Tensor) -> Tensor:
+    """The squares. Beyond ½√(the largest float) the square is +∞ and a NaN stays: loud, with gradient 0."""
+    bound = 0.5 * torch.finfo(errors.dtype).max ** 0.5
+    return held(errors, -bound, bound).square().masked_fill(errors.abs() > bound, torch.inf)
+
+
+def sound_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits with 0 in every broken row, and which rows (...) are broken: a NaN, +∞, or nothing finite.
+
+    A softmax over such a row would send NaN back even where a mask discards the row.
+    """
+    broken = ~logits.detach().amax(dim=-1).isfinite()
+    if broken.any():  # a copy of all logits only where it is needed
+        logits = logits.masked_fill(broken.unsqueeze(-1), 0.0)
+    return logits, broken
+
+
 def check_same_shape(**tensors: Tensor) -> None:
     """All tensors have one shape: `check_same_shape(logps=logps, old_logps=old_logps)`."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -24,16 +50,29 @@ def check_same_shape(**tensors: Tensor) -> None:
         raise ValueError(f"shapes must be equal (nothing broadcasts): {listed}")
 
 
-def check_floats(**tensors: Tensor) -> None:
-    """All tensors are floating point and have one shape."""
+def check_floating(**tensors: Tensor) -> None:
+    """All tensors are floating point: no integers, booleans or complex numbers."""
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """All tensors are floating point and have one shape."""
+    check_floating(**tensors)
     check_same_shape(**tensors)
 
 
+def check_scores(name: str, scores: Tensor) -> None:
+    """Scores people or programs gave: floating point or integers, no booleans and no complex numbers."""
+    if scores.dtype.is_complex or scores.dtype == torch.bool:
+        raise ValueError(f"{name} must be floating point or integers, got {scores.dtype}")
+
+
 def check_dims(name: str, tensor: Tensor, dims: int) -> None:
-    """The tensor has exactly this many dimensions."""
+    """A tensor, and with exactly this many dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor of {dims} dimension(s), got {tensor!r}")
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(tensor.shape)}")
 
@@ -49,6 +88,18 @@ def check_mask(name: str, mask: Tensor) -> Tensor:
     return binary
 
 
+def check_rows(mask: Tensor, least: int = 0, **tensors: Tensor) -> Tensor:
+    """The mask as booleans: two dimensions, the tensors' shape, and in every row at least `least` kept."""
+    check_same_shape(**tensors, mask=mask)
+    check_dims("mask", mask, 2)
+    mask = check_mask("mask", mask)
+    kept = mask.sum(dim=1)
+    if (kept < least).any():
+        row = int((kept < least).nonzero()[0])
+        raise ValueError(f"mask must keep at least {least} in every row, got {int(kept[row])} in row {row}")
+    return mask
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """No NaN and no infinity."""
     bad = ~tensor.isfinite()
@@ -57,10 +108,11 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {tensor[where].item()} at index {where}")
 
 
-def check_logits(logits: Tensor) -> None:
-    """Logits have a last dimension with at least one entry."""
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    """Logits are floating point and have a last dimension with at least one entry."""
+    check_floating(**{name: logits})
     if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must end in a vocabulary dimension, got shape {tuple(logits.shape)}")
+        raise ValueError(f"{name} must end in a vocabulary dimension, got shape {tuple(logits.shape)}")
 
 
 def check_ids(name: str, ids: Tensor, logits: Tensor) -> None:
@@ -78,34 +130,42 @@ def check_ids(name: str, ids: Tensor, logits: Tensor) -> None:
         )
 
 
+def _check_number(name: str, value: float, rule: str, holds: Callable[[float], bool]) -> None:
+    """A Python number, not a bool, a string or a tensor, for which the rule holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number (int or float), got {value!r}")
+    if not holds(value):
+        raise ValueError(f"{name} must {rule}, got {value!r}")
+
+
 def check_positive(name: str, value: float) -> None:
     """A finite number above zero."""
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    _check_number(name, value, "be positive and finite", lambda x: x > 0 and math.isfinite(x))
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """A number with low < value ≤ high."""
-    if not low < value <= high:
-        raise ValueError(f"{name} must lie in ({low}, {high}], got {value!r}")
+    _check_number(name, value, f"lie in ({low}, {high}]", lambda x: low < x <= high)
 
 
 def check_fraction(name: str, value: float, high: float) -> None:
     """A number with 0 ≤ value < high."""
-    if not 0.0 <= value < high:
-        raise ValueError(f"{name} must lie in [0, {high}), got {value!r}")
+    _check_number(name, value, f"lie in [0, {high})", lambda x: 0.0 <= x < high)
 
 
-def check_unit(name: str, value: float) -> None:
-    """A number with 0 ≤ value ≤ 1."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+def check_open(name: str, value: float) -> None:
+    """A number with 0 < value < 1."""
+    _check_number(name, value, "lie in (0, 1)", lambda x: 0.0 < x < 1.0)
+
+
+def check_unit(name: str, value: float, high: float = 1) -> None:
+    """A number with 0 ≤ value ≤ high."""
+    _check_number(name, value, f"lie in [0, {high}]", lambda x: 0.0 <= x <= high)
 
 
 def check_number(name: str, value: float) -> None:
     """A finite number of any sign."""
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
+    _check_number(name, value, "be finite", math.isfinite)
 
 
 def check_count(name: str, value: int, least: int) -> None:
@@ -122,6 +182,7 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
 
 def check_groups(name: str, rewards: Tensor, group_size: int) -> None:
     """A non-empty vector of finite rewards that splits into groups of `group_size`."""
+    check_scores(name, rewards)
     check_dims(name, rewards, 1)
     if not rewards.numel() or rewards.numel() % group_size:
         raise ValueError(

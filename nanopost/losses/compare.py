@@ -42,8 +42,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("samples"), list) or not data["samples"]:
         raise ValueError(f"{path}: a rollout is an object with group_size, max_tokens and a list of samples")
     for name in ("group_size", "max_tokens"):
+        number: Any = data.get(name)
         try:
-            check_count(name, data.get(name), 1)
+            check_count(name, number, 1)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     if (count := len(data["samples"])) % data["group_size"]:

@@ -1,6 +1,6 @@
-"""From a teacher to a student: divergences between their distributions, and between their hidden states.
+"""From a teacher to a student: divergences between their distributions.
 
-Only the student, and the projection of its hidden states, carries a gradient; the teacher is detached inside.
+Only the student carries a gradient; the teacher is detached inside.
 A row whose logits hold NaN or +∞, or nothing finite, is NaN; a divergence is +∞ where its second distribution
 misses mass of its first. Both are loud values, and neither has a gradient: masked, they leave no trace.
 """
@@ -10,7 +10,17 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_dims, check_floats, check_ids, check_logits, check_positive, check_same_shape, wide
+from .checks import (
+    check_floating,
+    check_floats,
+    check_ids,
+    check_logits,
+    check_open,
+    check_positive,
+    check_same_shape,
+    sound_rows,
+    wide,
+)
 
 # Log-probabilities stored in half precision may add up to a little more or less than 1.
 MASS_TOLERANCE = 0.01
@@ -21,9 +31,9 @@ def _log_probs(temperature: float, **logits: Tensor) -> list[Tensor]:
     check_floats(**logits)
     check_logits(next(iter(logits.values())))
     check_positive("temperature", temperature)
-    scaled = [wide(tensor) / temperature for tensor in logits.values()]
-    sound = torch.stack([z.amax(-1, keepdim=True).isfinite() for z in scaled]).all(dim=0)
-    return [z.masked_fill(~sound, 0.0).log_softmax(-1).masked_fill(~sound, torch.nan) for z in scaled]
+    rows = [sound_rows(wide(tensor) / temperature) for tensor in logits.values()]
+    broken = torch.stack([wrong for _, wrong in rows]).any(dim=0).unsqueeze(-1)
+    return [z.log_softmax(-1).masked_fill(broken, torch.nan) for z, _ in rows]
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -42,7 +52,8 @@ def _log_sum(log_values: Tensor) -> Tensor:
 
 def _top_k(student_logits: Tensor, teacher_logps: Tensor, teacher_ids: Tensor) -> tuple[Tensor, ...]:
     """The teacher's list behind the door, and which rows (..., 1) of it are log-probabilities at all."""
-    check_logits(student_logits)
+    check_logits(student_logits, "student_logits")
+    check_floating(teacher_logps=teacher_logps)
     check_same_shape(teacher_logps=teacher_logps, teacher_ids=teacher_ids)
     if teacher_ids.shape[:-1] != student_logits.shape[:-1] or not sum(teacher_ids.shape[-1:]):
         listed, shape = tuple(teacher_ids.shape), tuple(student_logits.shape)
@@ -153,8 +164,7 @@ def generalized_jsd(
     >>> generalized_jsd(torch.tensor([0.6, 0.4]).log(), torch.tensor([0.9, 0.1]).log(), beta=0.5)
     tensor(0.0633)
     """
-    if not 0.0 < beta < 1.0:
-        raise ValueError(f"beta must lie in (0, 1), got {beta!r}: the ends are forward_kl and reverse_kl")
+    check_open("beta", beta)
     teacher_logits = teacher_logits.detach()
     log_s, log_t = _log_probs(temperature, student_logits=student_logits, teacher_logits=teacher_logits)
     shares = torch.stack([log_t + math.log(beta), log_s + math.log1p(-beta)], dim=-1)
@@ -208,43 +218,3 @@ def top_k_forward_kl(
     log_p = torch.cat([logps, tail_t.masked_fill(rounding, 0.0).log()], dim=-1)
     log_q = torch.cat([log_s.gather(-1, ids), tail_s], dim=-1).masked_fill(~sound, torch.nan)
     return temperature**2 * _kl(log_p, log_q)
-
-
-def hidden_state_loss(student_hidden: Tensor, teacher_hidden: Tensor, projection: Tensor) -> Tensor:
-    """Squared distance between the student's projected hidden state and the teacher's, token by token.
-
-        L_t = (1/D_T) Σ_d ((h_S W)_d − h_{T,d})²
-
-    h are the hidden states of a layer of each, D_T is the width of the teacher's and W a linear map that is
-    learnt along with the student and thrown away afterwards.
-
-    Args:
-        student_hidden: (..., D_S), in practice (B, T, D_S); carries the gradient 2/D_T (h_S W − h_T) Wᵀ.
-        teacher_hidden: (..., D_T); detached.
-        projection: W, (D_S, D_T); carries the gradient 2/D_T h_Sᵀ (h_S W − h_T), summed over the tokens.
-
-    Returns:
-        Shape (...), ≥ 0, in promote_types(dtype, float32); 0 where the projected states agree. A token with a
-        state that is not finite is NaN, with gradient 0 for both.
-
-    Raises:
-        ValueError: shapes that do not fit.
-
-    Reference:
-        Romero et al. 2015 (FitNets), §2.2; with a linear map: Jiao et al. 2020 (TinyBERT), §3.1.
-
-    Page: docs/losses/hidden_state_loss.md
-
-    >>> student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0, 0.0]])
-    >>> hidden_state_loss(student, teacher, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]))
-    tensor([3.])
-    """
-    check_dims("projection", projection, 2)
-    mapped = (*student_hidden.shape[:-1], projection.shape[1])
-    if student_hidden.shape[-1:] != projection.shape[:1] or teacher_hidden.shape != mapped:
-        shapes = [tuple(tensor.shape) for tensor in (student_hidden, projection, teacher_hidden)]
-        raise ValueError("student_hidden {} times projection {} must be as teacher_hidden {}".format(*shapes))
-    student, teacher = wide(student_hidden), wide(teacher_hidden).detach()
-    sound = student.isfinite().all(-1, keepdim=True) & teacher.isfinite().all(-1, keepdim=True)
-    gap = student.masked_fill(~sound, 0.0) @ wide(projection) - teacher.masked_fill(~sound, 0.0)
-    return gap.square().mean(dim=-1).masked_fill(~sound.squeeze(-1), torch.nan)

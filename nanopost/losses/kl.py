@@ -4,6 +4,8 @@ Only the policy carries a gradient, the reference is detached inside. A slot out
 anything: clamps and fills cut its gradient to exactly 0 instead of letting 0 · ∞ or 0 · NaN through.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,18 +17,19 @@ from .checks import (
     check_mask,
     check_positive,
     check_same_shape,
+    held,
+    sound_rows,
+    squared,
     wide,
 )
-from .ratio import LOG_RATIO_LIMIT
 
 KL_KINDS = ("k1", "k2", "k3")
+K3_LOWEST = -60.0  # below it e^{−k1} is held: e^60 ≈ 1e26 leaves float32 room for a sum over tokens
 
 
-def _log_ratio(logps: Tensor, other_logps: Tensor, limit: float | None = None) -> Tensor:
-    """log π − log π', π' detached, inside ±limit (None: any float). A NaN stays, its gradient is 0."""
-    log_ratio = wide(logps) - wide(other_logps).detach()
-    bound = torch.finfo(log_ratio.dtype).max if limit is None else limit
-    return log_ratio.clamp(-bound, bound)
+def _log_ratio(logps: Tensor, other_logps: Tensor, low: float = -math.inf) -> Tensor:
+    """log π − log π', π' detached, at least `low`. Below it, at a NaN and at ±∞ the gradient is 0."""
+    return held(wide(logps) - wide(other_logps).detach(), low)
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str) -> Tensor:
@@ -40,15 +43,16 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str) -> Tensor:
     or `kl_loss_with_correct_gradient` (docs/oracle.md).
 
     Args:
-        logps: (B, T); carries the gradient: 1, k1 and 1 − e^{−k1}.
+        logps: (B, T); carries the gradient: 1, k1 and 1 − e^{−k1}, the last one 0 where k1 < −60.
         ref_logps: (B, T); detached.
         kind: "k1", "k2" or "k3".
 
     Returns:
-        Estimates, shape (B, T), nats; k2, k3 ≥ 0; 0 when π = π_ref. Inside k3, k1 is held inside ±60.
+        Estimates, shape (B, T), nats; k2, k3 ≥ 0; 0 when π = π_ref. Inside k3, k1 is held at or above −60:
+        e^60 ≈ 1e26 is the largest value, and below −60 there is no gradient. Above, k3 is exact.
 
     Raises:
-        ValueError: shapes differ, an unknown kind.
+        ValueError: shapes differ, inputs that are not floating point, an unknown kind.
 
     Reference:
         Schulman 2020, "Approximating KL Divergence"; k3 in GRPO: Shao et al. 2024, eq. 4.
@@ -58,12 +62,12 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, *, kind: str) -> Tensor:
     >>> kl_estimate(torch.tensor([[0.5]]).log(), torch.tensor([[0.25]]).log(), kind="k3")
     tensor([[0.1931]])
     """
-    check_same_shape(logps=logps, ref_logps=ref_logps)
+    check_floats(logps=logps, ref_logps=ref_logps)
     check_choice("kind", kind, KL_KINDS)
-    k1 = _log_ratio(logps, ref_logps, LOG_RATIO_LIMIT if kind == "k3" else None)
+    k1 = _log_ratio(logps, ref_logps, K3_LOWEST if kind == "k3" else -math.inf)
     if kind == "k1":
         return k1
-    return 0.5 * k1**2 if kind == "k2" else torch.expm1(-k1) + k1
+    return 0.5 * squared(k1) if kind == "k2" else torch.expm1(-k1) + k1
 
 
 def kl_loss_with_correct_gradient(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
@@ -74,7 +78,8 @@ def kl_loss_with_correct_gradient(logps: Tensor, ref_logps: Tensor, mask: Tensor
     sg stops the gradient and m is the completion mask. The value is k1, a one-sample estimate of the KL; the
     gradient is what REINFORCE gives the token for the divergence from there on: a choice is charged with the
     states it leads to, which no loss of its own log-ratio does. Tokens outside the mask (padding, tool
-    results) are skipped, not charged.
+    results) are skipped, not charged. The gradient is the KL's under a sum over tokens alone
+    (`aggregate` in mode "sequence_sum" or "constant"); "sequence_mean" divides by the row's length.
 
     Args:
         logps: (B, T), of tokens drawn from π; carries the gradient ∂L_t/∂ℓ_t = Σ_{s ≥ t} m_s k1_s, and 0
@@ -106,9 +111,9 @@ def kl_loss_with_correct_gradient(logps: Tensor, ref_logps: Tensor, mask: Tensor
     check_dims("logps", logps, 2)
     mask = check_mask("mask", mask)
     logps, k1 = (part.masked_fill(~mask, 0.0) for part in (wide(logps), _log_ratio(logps, ref_logps)))
-    held = k1.detach()
-    to_go = held.flip(1).cumsum(1).flip(1)
-    return held + to_go * (logps - logps.detach())
+    value = k1.detach()
+    to_go = value.flip(1).cumsum(1).flip(1)
+    return value + to_go * (logps - logps.detach())
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -127,7 +132,7 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         Shape (...), nats, in [0, log V]; log V for equal logits, 0 for a single token.
 
     Raises:
-        ValueError: no vocabulary dimension, τ ≤ 0.
+        ValueError: no vocabulary dimension, logits that are not floating point, τ ≤ 0.
 
     Reference:
         Shannon 1948, §6; as a regulariser of the policy: Mnih et al. 2016 (A3C), §4.
@@ -139,10 +144,7 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """
     check_logits(logits)
     check_positive("temperature", temperature)
-    logits = wide(logits) / temperature
-    broken = ~logits.detach().amax(dim=-1).isfinite()
-    if broken.any():  # or a masked row's softmax would send NaN back
-        logits = logits.masked_fill(broken.unsqueeze(-1), 0.0)
+    logits, broken = sound_rows(wide(logits) / temperature)
     log_probs = logits.log_softmax(dim=-1)
     finite = log_probs.masked_fill(log_probs == -torch.inf, 0.0)
     return -(log_probs.exp() * finite).sum(dim=-1).masked_fill(broken, torch.nan)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .checks import (
     check_count,
     check_dims,
+    check_floating,
     check_floats,
     check_ids,
     check_logits,
@@ -17,6 +18,7 @@ from .checks import (
     check_positive,
     check_range,
     check_same_shape,
+    sound_rows,
     wide,
 )
 
@@ -44,7 +46,8 @@ def token_logps(
         Shape (...), nats, ≤ 0, in promote_types(dtype, float32); −log V for equal logits.
 
     Raises:
-        ValueError: shapes that do not fit, ids outside [0, V), τ ≤ 0, top_k < 0, top_p outside (0, 1].
+        ValueError: shapes that do not fit, logits that are not floating point, ids outside [0, V), τ ≤ 0,
+            top_k < 0, top_p outside (0, 1].
 
     Reference:
         Softmax with temperature: Hinton et al. 2015, eq. 1. Truncation: see `truncate_logits`.
@@ -58,9 +61,7 @@ def token_logps(
     check_ids("target_ids", target_ids, logits)
     check_positive("temperature", temperature)
     logits = truncate_logits(wide(logits) / temperature, top_k=top_k, top_p=top_p, keep_ids=target_ids)
-    broken = ~logits.detach().amax(dim=-1).isfinite()
-    if broken.any():  # or a masked row's softmax would send NaN back
-        logits = logits.masked_fill(broken.unsqueeze(-1), 0.0)
+    logits, broken = sound_rows(logits)
     logps = logits.log_softmax(dim=-1).gather(-1, target_ids.long().unsqueeze(-1)).squeeze(-1)
     return logps.masked_fill(broken, torch.nan)
 
@@ -86,8 +87,8 @@ def truncate_logits(logits: Tensor, *, top_k: int, top_p: float, keep_ids: Tenso
         Probabilities .5, .3, .2 with top_p = .7 keep the first two.
 
     Raises:
-        ValueError: no vocabulary dimension, top_k < 0, top_p outside (0, 1], keep_ids of the wrong shape or
-            range.
+        ValueError: no vocabulary dimension, logits that are not floating point, top_k < 0, top_p outside
+            (0, 1], keep_ids of the wrong shape or range.
 
     Reference:
         Top-k: Fan et al. 2018, §5.4. Top-p: Holtzman et al. 2020, eq. 2 and 3.
@@ -205,6 +206,5 @@ def sft_loss(logps: Tensor) -> Tensor:
     >>> sft_loss(torch.tensor([0.8, 0.4]).log()).sum()
     tensor(1.1394)
     """
-    if not logps.dtype.is_floating_point:
-        raise ValueError(f"logps must be floating point, got {logps.dtype}")
+    check_floating(logps=logps)
     return -wide(logps)

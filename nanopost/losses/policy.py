@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_floats, check_positive, check_range, check_same_shape, wide
+from .checks import check_floats, check_positive, check_range, held, wide
 
 
 def _cut(tensor: Tensor, weights: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def reinforce_loss(logps: Tensor, advantages: Tensor) -> Tensor:
         log 2 for advantage 1 and a token of probability ½.
 
     Raises:
-        ValueError: shapes differ, logps that are not floating point.
+        ValueError: shapes differ, inputs that are not floating point.
 
     Reference:
         Williams 1992 (REINFORCE), theorem 1.
@@ -45,8 +45,7 @@ def reinforce_loss(logps: Tensor, advantages: Tensor) -> Tensor:
     >>> reinforce_loss(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, -1.0]]))
     tensor([[ 0.6931, -0.6931]])
     """
-    check_floats(logps=logps)
-    check_same_shape(logps=logps, advantages=advantages)
+    check_floats(logps=logps, advantages=advantages)
     advantages = wide(advantages).detach()
     return -advantages * _cut(wide(logps), advantages)
 
@@ -70,19 +69,20 @@ def clipped_surrogate_loss(
         advantages: the same shape; detached.
         clip_low: ε_low in (0, 1]; 1 removes the lower bound.
         clip_high: ε_high > 0; infinity removes the upper bound.
-        dual_clip: c > 1, or None for no such bound.
+        dual_clip: c > 1, or None for no such bound. With c ≤ 1 + ε_high a token of A < 0 is given up earlier
+            than the clip holds one of A > 0.
 
     Returns:
         Losses of the same shape, any sign, in promote_types(dtype, float32); −A_t at ratio 1, when the policy
         is the one that sampled.
 
     Raises:
-        ValueError: shapes differ, a ratio that is not floating point, ε_low outside (0, 1], ε_high ≤ 0,
+        ValueError: shapes differ, inputs that are not floating point, ε_low outside (0, 1], ε_high ≤ 0,
             c ≤ 1.
 
     Reference:
         Schulman et al. 2017 (PPO), eq. 7; two bounds: Yu et al. 2025 (DAPO), eq. 10; dual clip: Ye et al.
-        2020, "Dual-clip PPO". Sequences: Zheng et al. 2025 (GSPO), eq. 5.
+        2020. Sequences: Zheng et al. 2025 (GSPO), eq. 5.
 
     Page: docs/losses/clipped_surrogate_loss.md
 
@@ -90,8 +90,7 @@ def clipped_surrogate_loss(
     >>> clipped_surrogate_loss(ratio, advantages, clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     tensor([[-1.2800, -0.5000,  3.0000]])
     """
-    check_floats(ratio=ratio)
-    check_same_shape(ratio=ratio, advantages=advantages)
+    check_floats(ratio=ratio, advantages=advantages)
     check_range("clip_low", clip_low, 0.0, 1.0)
     check_range("clip_high", clip_high, 0.0, math.inf)
     advantages = wide(advantages).detach()
@@ -126,8 +125,7 @@ def cispo_loss(
         Losses of the same shape, any sign, in promote_types(dtype, float32); −A_t ℓ_t at ratio 1.
 
     Raises:
-        ValueError: shapes differ, logps or ratio that are not floating point, ε_low outside (0, 1], ε_high
-            ≤ 0.
+        ValueError: shapes differ, inputs that are not floating point, ε_low outside (0, 1], ε_high ≤ 0.
 
     Reference:
         MiniMax 2025 (MiniMax-M1), eq. 4 and 5.
@@ -138,8 +136,7 @@ def cispo_loss(
     >>> cispo_loss(logps, ratio, torch.ones(1, 2), clip_low=1.0, clip_high=1.0)
     tensor([[1.3863, 0.6931]])
     """
-    check_floats(logps=logps, ratio=ratio)
-    check_same_shape(logps=logps, advantages=advantages)
+    check_floats(logps=logps, ratio=ratio, advantages=advantages)
     check_range("clip_low", clip_low, 0.0, 1.0)
     check_range("clip_high", clip_high, 0.0, math.inf)
     weights = wide(ratio).detach().clamp(1.0 - clip_low, 1.0 + clip_high) * wide(advantages).detach()
@@ -164,7 +161,7 @@ def off_policy_shaped_loss(logps: Tensor, advantages: Tensor, *, shaping_gamma: 
         Losses of the same shape, between 0 and −A_t, in promote_types(dtype, float32); −A_t/2 at π = γ.
 
     Raises:
-        ValueError: shapes differ, logps that are not floating point, γ ≤ 0 or not finite.
+        ValueError: shapes differ, inputs that are not floating point, γ ≤ 0 or not finite.
 
     Reference:
         Yan et al. 2025 (LUFFY), policy shaping via regularized importance sampling.
@@ -174,10 +171,8 @@ def off_policy_shaped_loss(logps: Tensor, advantages: Tensor, *, shaping_gamma: 
     >>> off_policy_shaped_loss(torch.tensor([0.1, 0.4]).log(), torch.ones(2))
     tensor([-0.5000, -0.8000])
     """
-    check_floats(logps=logps)
-    check_same_shape(logps=logps, advantages=advantages)
+    check_floats(logps=logps, advantages=advantages)
     check_positive("shaping_gamma", shaping_gamma)
     advantages = wide(advantages).detach()
     logits = _cut(wide(logps), advantages) - math.log(shaping_gamma)
-    bound = torch.finfo(logits.dtype).max  # keeps a NaN and cuts its gradient
-    return -advantages * torch.sigmoid(logits.clamp(-bound, bound))
+    return -advantages * torch.sigmoid(held(logits))

@@ -14,23 +14,21 @@ from torch.nn.functional import logsigmoid
 from .checks import (
     check_dims,
     check_finite,
+    check_floating,
     check_floats,
     check_fraction,
     check_mask,
     check_positive,
     check_same_shape,
+    held,
+    squared,
     wide,
 )
 from .likelihood import preference_margin
 
 FOUR = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 ODDS_LIMIT = 1e-7  # p = 1 has no odds p/(1 − p): in them a log-probability above −1e-7 counts as −1e-7
-
-
-def _bounded(values: Tensor, high: float = math.inf) -> Tensor:
-    """The values held inside ±the largest float and below `high`; NaN stays. Outside, no gradient."""
-    limit = torch.finfo(values.dtype).max
-    return values.clamp(-limit, min(high, limit))
+ROUNDING = 1e-6  # a mean log-probability further above 0 than this is none
 
 
 def _gain(*logps: Tensor) -> Tensor:
@@ -38,7 +36,7 @@ def _gain(*logps: Tensor) -> Tensor:
     check_floats(**dict(zip(FOUR, logps, strict=True)))
     chosen, rejected, ref_chosen, ref_rejected = logps
     reference = preference_margin(ref_chosen, ref_rejected).detach()
-    return _bounded(preference_margin(chosen, rejected) - reference)
+    return held(preference_margin(chosen, rejected) - reference)
 
 
 def dpo_loss(
@@ -124,7 +122,7 @@ def ipo_loss(
     """
     check_positive("beta", beta)
     h = _gain(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return (h - 1.0 / (2.0 * beta)).square()
+    return squared(h - 1.0 / (2.0 * beta))
 
 
 def kto_loss(
@@ -149,7 +147,7 @@ def kto_loss(
         logps: (B,); carries the gradient ∓λβ σ'(β(r − z)), at most λβ/4.
         ref_logps: (B,); detached.
         desirable: (B,), bool or 0/1, in every row.
-        kl: 0-dim, finite; clamped at 0 and detached.
+        kl: 0-dim tensor, finite; clamped at 0 and detached.
         beta: β > 0.
         desirable_weight, undesirable_weight: λ_D and λ_U, > 0.
 
@@ -157,7 +155,8 @@ def kto_loss(
         Losses, shape (B,), in [0, λ]; λ/2 when r = z, so at π = π_ref.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, desirable not 0/1, kl not finite, β, λ_D or λ_U ≤ 0.
+        ValueError: shapes or dtypes that do not fit, desirable not 0/1, kl no tensor or not finite, β, λ_D or
+            λ_U ≤ 0.
 
     Reference:
         Ethayarajh et al. 2024 (KTO), §4.
@@ -172,11 +171,12 @@ def kto_loss(
     check_same_shape(logps=logps, desirable=desirable)
     desirable = check_mask("desirable", desirable)
     check_dims("kl", kl, 0)
+    check_floating(kl=kl)
     check_finite("kl", kl)
     check_positive("beta", beta)
     check_positive("desirable_weight", desirable_weight)
     check_positive("undesirable_weight", undesirable_weight)
-    r = _bounded(wide(logps) - wide(ref_logps).detach())
+    r = held(wide(logps) - wide(ref_logps).detach())
     z = wide(kl).detach().clamp(min=0.0)
     loss, flipped = torch.sigmoid(-beta * (r - z)), torch.sigmoid(-beta * (z - r))  # 1 − σ(x) = σ(−x)
     return torch.where(desirable, desirable_weight * loss, undesirable_weight * flipped)
@@ -196,10 +196,11 @@ def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, odds_weight: floa
 
     Returns:
         Losses, shape (B,), nats, ≥ 0; −ℓ + λ log 2 for ℓ⁺ = ℓ⁻ = ℓ. The odds hold ℓ at or below −1e-7 and
-        give no gradient above it.
+        give no gradient above it. A row with an ℓ above 0 (by more than 1e-6, a rounding) is NaN, a loud
+        value without a gradient: a row that a mask discards may hold anything.
 
     Raises:
-        ValueError: log-probabilities not floating point, not (B,), of different shapes or above 0, λ < 0.
+        ValueError: log-probabilities not floating point, not (B,), of different shapes, λ < 0.
 
     Reference:
         Hong et al. 2024 (ORPO), eq. 6 and 7; the odds: eq. 4.
@@ -211,12 +212,10 @@ def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, odds_weight: floa
     """
     check_fraction("odds_weight", odds_weight, math.inf)
     check_floats(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    for name, logps in (("chosen_logps", chosen_logps), ("rejected_logps", rejected_logps)):
-        if (logps > 0).any():
-            raise ValueError(f"{name} must be mean log-probabilities, ≤ 0, got {logps[logps > 0][0].item()}")
-    held = _bounded(wide(chosen_logps), -ODDS_LIMIT), _bounded(wide(rejected_logps), -ODDS_LIMIT)
-    log_odds = [ell - torch.log(-torch.expm1(ell)) for ell in held]
-    return -wide(chosen_logps) - odds_weight * logsigmoid(_bounded(preference_margin(*log_odds)))
+    logps = [wide(ell).masked_fill(ell > ROUNDING, torch.nan) for ell in (chosen_logps, rejected_logps)]
+    odds_logps = [held(ell, high=-ODDS_LIMIT) for ell in logps]
+    log_odds = [ell - torch.log(-torch.expm1(ell)) for ell in odds_logps]
+    return -logps[0] - odds_weight * logsigmoid(held(preference_margin(*log_odds)))
 
 
 def simpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, beta: float, margin: float) -> Tensor:
@@ -247,4 +246,4 @@ def simpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, beta: float, mar
     """
     check_positive("beta", beta)
     check_fraction("margin", margin, math.inf)
-    return -logsigmoid(beta * _bounded(preference_margin(chosen_logps, rejected_logps)) - margin)
+    return -logsigmoid(beta * held(preference_margin(chosen_logps, rejected_logps)) - margin)

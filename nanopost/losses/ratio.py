@@ -13,6 +13,7 @@ from .checks import (
     check_mask,
     check_positive,
     check_same_shape,
+    check_unit,
     wide,
 )
 
@@ -111,8 +112,7 @@ def importance_weights(ratio: Tensor, *, mode: str, high: float, low: float = 0.
     check_floats(ratio=ratio)
     check_choice("mode", mode, WEIGHT_MODES)
     check_positive("high", high)
-    if not 0.0 <= low <= high:
-        raise ValueError(f"low must lie in [0, {high}], got {low!r}")
+    check_unit("low", low, high)
     ratio = wide(ratio).detach()
     if mode == "truncate":
         return ratio.clamp(low, high)

@@ -6,7 +6,16 @@ and each divides by the total. Cutting a step into other micro-batches then cann
 
 from torch import Tensor
 
-from .checks import check_choice, check_count, check_dims, check_mask, check_positive, check_same_shape, wide
+from .checks import (
+    check_choice,
+    check_count,
+    check_dims,
+    check_floating,
+    check_mask,
+    check_positive,
+    check_same_shape,
+    wide,
+)
 
 MODES = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 
@@ -28,15 +37,15 @@ def aggregate(values: Tensor, mask: Tensor, *, mode: str, denom: float) -> Tenso
         values: (B, T), any floating dtype; carries the gradient.
         mask: (B, T), bool or 0/1; no gradient.
         mode: one of the four above.
-        denom: a positive number; no gradient.
+        denom: a positive number, not a tensor; no gradient.
 
     Returns:
         Scalar in promote_types(dtype, float32), in the unit of `values`. With every value v = c in the mask:
         c under token_mean and sequence_mean.
 
     Raises:
-        ValueError: shapes differ or are not (B, T), a mask that is not 0/1, an unknown mode, denom ≤ 0 or not
-            finite.
+        ValueError: shapes differ or are not (B, T), values not floating point, a mask that is not 0/1, an
+            unknown mode, a denom that is no number, ≤ 0 or not finite.
 
     Reference:
         token_mean: Yu et al. 2025 (DAPO), eq. 12. sequence_mean: Shao et al. 2024 (GRPO), eq. 3.
@@ -52,6 +61,7 @@ def aggregate(values: Tensor, mask: Tensor, *, mode: str, denom: float) -> Tenso
     >>> aggregate(values, mask, mode="sequence_mean", denom=2)
     tensor(2.7500)
     """
+    check_floating(values=values)
     check_same_shape(values=values, mask=mask)
     check_dims("values", values, 2)
     check_choice("mode", mode, MODES)

@@ -13,12 +13,24 @@ from .checks import (
     check_count,
     check_dims,
     check_finite,
+    check_floating,
+    check_floats,
     check_fraction,
     check_mask,
+    check_rows,
     check_same_shape,
+    check_scores,
     check_unit,
     wide,
 )
+
+
+def _inside(mask: Tensor, **tensors: Tensor) -> list[Tensor]:
+    """Each tensor wide, detached and 0 outside the mask; what is inside must be finite."""
+    filled = {name: wide(tensor).detach().masked_fill(~mask, 0.0) for name, tensor in tensors.items()}
+    for name, tensor in filled.items():
+        check_finite(name, tensor)
+    return list(filled.values())
 
 
 def kl_shaped_rewards(
@@ -37,15 +49,16 @@ def kl_shaped_rewards(
         logps: (B, T), of the policy that sampled; detached.
         ref_logps: (B, T); detached.
         mask: (B, T), bool or 0/1; the last masked token of the row takes the score.
-        beta: β ≥ 0, 0 leaves the score alone.
+        beta: β ≥ 0, 0 leaves the score alone (the log-probabilities are then not read).
 
     Returns:
         Rewards, shape (B, T), without gradient; 0 outside the mask and in a row without a token, whose score
         is dropped. r = 1, k1 = (.5, −.2) and β = .1 give (−.05, 1.02).
 
     Raises:
-        ValueError: shapes differ or are not (B, T), rewards not (B,), a score that is not finite, a mask that
-            is not 0/1, β < 0.
+        ValueError: shapes differ or are not (B, T), rewards not (B,), log-probabilities not floating point,
+            scores that are bool or complex, a score or in the mask a log-probability that is not finite, a
+            mask that is not 0/1, β < 0.
 
     Reference:
         Ziegler et al. 2019, eq. 2; Ouyang et al. 2022 (InstructGPT), eq. 2.
@@ -56,18 +69,20 @@ def kl_shaped_rewards(
     >>> kl_shaped_rewards(torch.tensor([1.0]), logps, ref_logps, torch.tensor([[1, 1, 0]]), beta=0.1)
     tensor([[-0.0500,  1.0200,  0.0000]])
     """
-    check_same_shape(logps=logps, ref_logps=ref_logps, mask=mask)
+    check_floats(logps=logps, ref_logps=ref_logps)
+    check_same_shape(logps=logps, mask=mask)
     check_dims("logps", logps, 2)
+    check_scores("rewards", rewards)
     check_fraction("beta", beta, math.inf)
     mask = check_mask("mask", mask)
     acts = mask.any(dim=1)
     check_same_shape(rewards=rewards, rows=acts)
-    scores = wide(rewards).detach().masked_fill(~acts, 0.0)
-    check_finite("rewards", scores)
+    (scores,) = _inside(acts, rewards=rewards)
     left = mask.flip(1).cumsum(dim=1).flip(1)  # tokens from here to the row's end
     terminal = torch.where(mask & (left == 1), scores[:, None], 0.0)
-    k1 = (wide(logps) - wide(ref_logps)).detach()
-    return terminal - beta * k1.masked_fill(~mask, 0.0)
+    read = mask if beta > 0.0 else torch.zeros_like(mask)
+    ours, reference = _inside(read, logps=logps, ref_logps=ref_logps)
+    return terminal - beta * (ours - reference)
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
@@ -88,7 +103,8 @@ def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
         (1, 2, 4) and γ = ½ give (3, 4, 4).
 
     Raises:
-        ValueError: shapes differ or are not (B, T), a mask that is not 0/1, γ outside [0, 1].
+        ValueError: shapes differ or are not (B, T), rewards that are bool, complex or in the mask not finite,
+            a mask that is not 0/1, γ outside [0, 1].
 
     Reference:
         Sutton & Barto 2018, eq. 3.8; as the weight of the policy gradient: Schulman et al. 2016 (GAE), eq. 1,
@@ -99,11 +115,10 @@ def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     >>> reward_to_go(torch.tensor([[1.0, 2.0, 9.0, 4.0]]), torch.tensor([[1, 1, 0, 1]]), gamma=0.5)
     tensor([[3., 4., 0., 4.]])
     """
-    check_same_shape(rewards=rewards, mask=mask)
-    check_dims("rewards", rewards, 2)
+    check_scores("rewards", rewards)
+    mask = check_rows(mask, rewards=rewards)
     check_unit("gamma", gamma)
-    mask = check_mask("mask", mask)
-    rewards = wide(rewards).detach().masked_fill(~mask, 0.0)
+    (rewards,) = _inside(mask, rewards=rewards)
     sums = torch.zeros_like(rewards)
     ahead = rewards.new_zeros(len(rewards))  # G of the next action
     for t in reversed(range(rewards.shape[1])):
@@ -135,7 +150,8 @@ def gae(
         mask. R = (0, 1), V = (.4, .6), γ = 1 and λ = .5 give A = (.4, .4) and G = (.8, 1).
 
     Raises:
-        ValueError: shapes differ or are not (B, T), a mask that is not 0/1, γ or λ outside [0, 1].
+        ValueError: shapes differ or are not (B, T), rewards that are bool or complex, values not floating
+            point, one of them in the mask not finite, a mask that is not 0/1, γ or λ outside [0, 1].
 
     Reference:
         Schulman et al. 2016 (GAE), eq. 11 to 16.
@@ -146,12 +162,12 @@ def gae(
     >>> gae(rewards, values, torch.tensor([[1, 1, 0]]), gamma=1.0, gae_lambda=0.5)
     (tensor([[0.4000, 0.4000, 0.0000]]), tensor([[0.8000, 1.0000, 0.0000]]))
     """
-    check_same_shape(rewards=rewards, values=values, mask=mask)
-    check_dims("rewards", rewards, 2)
+    check_scores("rewards", rewards)
+    check_floating(values=values)
+    mask = check_rows(mask, rewards=rewards, values=values)
     check_unit("gamma", gamma)
     check_unit("gae_lambda", gae_lambda)
-    mask = check_mask("mask", mask)
-    rewards, values = (wide(tensor).detach().masked_fill(~mask, 0.0) for tensor in (rewards, values))
+    rewards, values = _inside(mask, rewards=rewards, values=values)
     advantages = torch.zeros_like(rewards + values)
     ahead, next_values = advantages.new_zeros(2, len(mask))  # A and V of the next action
     for t in reversed(range(mask.shape[1])):

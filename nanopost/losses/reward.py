@@ -8,37 +8,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_choice, check_dims, check_floats, check_mask, check_number, check_same_shape, wide
+from .checks import (
+    check_choice,
+    check_dims,
+    check_floats,
+    check_mask,
+    check_number,
+    check_rows,
+    check_scores,
+    held,
+    squared,
+    wide,
+)
 
 STEP_MODES = ("sum", "product", "min", "last")
 MAX_RATING = 4.0  # ratings run from 0 to 4
 
 
-def _held(tensor: Tensor) -> Tensor:
-    """Inside the finite floats. At NaN (which stays) and at ±∞ the gradient is 0, also under a later mask."""
-    bound = torch.finfo(tensor.dtype).max
-    return tensor.clamp(-bound, bound)
-
-
-def _check_mask(mask: Tensor, least: int = 0, **tensors: Tensor) -> Tensor:
-    """The mask as booleans: two dimensions, the tensors' shape, and in every row at least `least` kept."""
-    check_same_shape(**tensors, mask=mask)
-    check_dims("mask", mask, 2)
-    mask = check_mask("mask", mask)
-    kept = mask.sum(dim=1)
-    if (kept < least).any():
-        row = int((kept < least).nonzero()[0])
-        raise ValueError(f"mask must keep at least {least} in every row, got {int(kept[row])} in row {row}")
-    return mask
-
-
 def _leads(rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """r_i − r_j as (B, K, K), and where both candidates exist and i stands before j."""
     check_floats(rewards=rewards)
-    mask = _check_mask(mask, 2, rewards=rewards)
+    mask = check_rows(mask, 2, rewards=rewards)
     rewards = wide(rewards).masked_fill(~mask, 0.0)
     pairs = (mask.unsqueeze(2) & mask.unsqueeze(1)).triu(1)
-    return _held(rewards.unsqueeze(2) - rewards.unsqueeze(1)), pairs
+    return held(rewards.unsqueeze(2) - rewards.unsqueeze(1)), pairs
 
 
 def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, *, margin: float = 0.0) -> Tensor:
@@ -72,7 +65,7 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, *, marg
     check_floats(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     check_dims("chosen_rewards", chosen_rewards, 1)
     check_number("margin", margin)
-    return -F.logsigmoid(_held(wide(chosen_rewards) - wide(rejected_rewards) - margin))
+    return -F.logsigmoid(held(wide(chosen_rewards) - wide(rejected_rewards) - margin))
 
 
 def ranking_loss(rewards: Tensor, mask: Tensor) -> Tensor:
@@ -155,7 +148,8 @@ def attribute_loss(predictions: Tensor, ratings: Tensor, mask: Tensor) -> Tensor
         makes it the mean over what was rated. A prediction of 2.5 for a rating of 4 gives 2.25.
 
     Raises:
-        ValueError: shapes differ or are not (B, A), predictions not floating, a present rating not in [0, 4].
+        ValueError: shapes differ or are not (B, A), predictions not floating, ratings bool or
+            complex, or a present one outside [0, 4].
 
     Reference:
         Wang et al. 2024 (HelpSteer2), the regression reward model.
@@ -166,12 +160,13 @@ def attribute_loss(predictions: Tensor, ratings: Tensor, mask: Tensor) -> Tensor
     tensor([[2.2500, 0.0000]])
     """
     check_floats(predictions=predictions)
-    mask = _check_mask(mask, predictions=predictions, ratings=ratings)
+    check_scores("ratings", ratings)
+    mask = check_rows(mask, predictions=predictions, ratings=ratings)
     ratings = wide(ratings).detach().masked_fill(~mask, 0.0)
     outside = ratings[~((ratings >= 0.0) & (ratings <= MAX_RATING))]
     if outside.numel():
         raise ValueError(f"ratings must lie in [0, 4] where the mask is 1, got {outside[0].item()}")
-    return _held(wide(predictions).masked_fill(~mask, 0.0) - ratings) ** 2
+    return squared(wide(predictions).masked_fill(~mask, 0.0) - ratings)
 
 
 def process_reward_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -201,9 +196,9 @@ def process_reward_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     tensor([[2.1269, 0.0000]])
     """
     check_floats(logits=logits)
-    mask = _check_mask(mask, logits=logits, labels=labels)
+    mask = check_rows(mask, logits=logits, labels=labels)
     correct = check_mask("labels where the mask is 1", labels.masked_fill(~mask, 0))
-    logits = _held(wide(logits)).masked_fill(~mask, 0.0)
+    logits = held(wide(logits)).masked_fill(~mask, 0.0)
     losses = -F.logsigmoid(torch.where(correct, logits, -logits))
     return losses.masked_fill(~mask, 0.0)
 
@@ -238,7 +233,7 @@ def aggregate_steps(step_rewards: Tensor, mask: Tensor, *, mode: str) -> Tensor:
     """
     check_floats(step_rewards=step_rewards)
     check_choice("mode", mode, STEP_MODES)
-    mask = _check_mask(mask, 1, step_rewards=step_rewards)
+    mask = check_rows(mask, 1, step_rewards=step_rewards)
     filled = wide(step_rewards).masked_fill(~mask, {"product": 1.0, "min": torch.inf}.get(mode, 0.0))
     if mode == "product":
         return filled.prod(dim=1)

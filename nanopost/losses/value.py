@@ -3,12 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import check_positive, check_same_shape, wide
-
-
-def _half_square(error: Tensor) -> Tensor:
-    """½ e²; where the error is not finite the value stays loud (NaN) and the gradient is cut to 0."""
-    return 0.5 * error.masked_fill(~error.isfinite(), torch.nan).square()
+from .checks import check_floats, check_positive, squared, wide
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None) -> Tensor:
@@ -30,7 +25,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: flo
         Losses, shape (B, T), ≥ 0; ½ (V − R)² while V is within ε of V^old. V = 1, R = 3 give 2.
 
     Raises:
-        ValueError: shapes differ, ε ≤ 0.
+        ValueError: shapes differ, inputs that are not floating point, ε ≤ 0.
 
     Reference:
         Schulman et al. 2017 (PPO), the value term of eq. 9, without ½ and clip; both as in the authors' code
@@ -42,11 +37,11 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: flo
     >>> value_loss(values, old_values, returns, clip=0.2)
     tensor([[2.6450, 2.0000]])
     """
-    check_same_shape(values=values, old_values=old_values, returns=returns)
+    check_floats(values=values, old_values=old_values, returns=returns)
     values, returns = wide(values), wide(returns).detach()
     if clip is None:
-        return _half_square(values - returns)
+        return 0.5 * squared(values - returns)
     check_positive("clip", clip)
     old_values = wide(old_values).detach()
     clipped = values.clamp(old_values - clip, old_values + clip)
-    return torch.maximum(_half_square(values - returns), _half_square(clipped - returns))
+    return 0.5 * torch.maximum(squared(values - returns), squared(clipped - returns))

@@ -142,6 +142,17 @@ def test_G7_rewards_that_are_not_finite_are_refused(bad: float, advantages: str)
             leave_one_out_advantages(rewards, group_size=2)
 
 
+def test_G7_large_rewards_do_not_overflow_and_integers_keep_their_differences() -> None:
+    large = torch.tensor([3e19, 0.0])
+    half = group_advantages(large, group_size=2, scale="std")
+    assert half.dtype == torch.float32 and half.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)])
+    assert group_advantages(large, group_size=2, scale="none").tolist() == pytest.approx([1.5e19, -1.5e19])
+    near = torch.tensor([2**24 + 1, 2**24, 2**40, 2**40])
+    assert group_advantages(near, group_size=2, scale="none").tolist() == [0.5, -0.5, 0.0, 0.0]
+    assert leave_one_out_advantages(near, group_size=2).tolist() == [1.0, -1.0, 0.0, 0.0]
+    assert informative_groups(near, group_size=2).tolist() == [True, True, False, False]
+
+
 @given(batch=groups(least=2))
 def test_L1_value_equals_the_page(batch: tuple[list[list[float]], Tensor]) -> None:
     rows, rewards = batch

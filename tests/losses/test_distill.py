@@ -740,6 +740,14 @@ def test_HS5_any_split_gives_the_gradient_of_the_step(leaf: int, batch: Batch, d
     torch.testing.assert_close(parts, whole, rtol=0.0, atol=1e-14 * max(float(whole.abs().max()), 1.0))
 
 
+@pytest.mark.parametrize("wide", [0, 1, 2])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float32])
+def test_HS6_mixed_dtypes_promote(wide: int, narrow: torch.dtype) -> None:
+    exact = [tensor.to(narrow).double() for tensor in states((torch.ones(2, 3), torch.Generator()))]
+    mixed = [tensor if place == wide else tensor.to(narrow) for place, tensor in enumerate(exact)]
+    assert torch.equal(hidden_state_loss(*mixed), hidden_state_loss(*exact))
+
+
 @DTYPES
 def test_HS6_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     check_half(hidden_state_loss, states((torch.ones(3, 4), torch.Generator().manual_seed(9))), dtype)
@@ -751,7 +759,8 @@ def test_HS6_large_states_are_finite(dtype: torch.dtype) -> None:
     projection = torch.ones(D_S, D_T, dtype=dtype, requires_grad=True)
     value = hidden_state_loss(student, torch.full((1, 2, D_T), -1e4, dtype=dtype), projection)
     assert value.tolist() == [[pytest.approx(1.6e9)] * 2]
-    assert slope(value, student).float().isfinite().all() or dtype == torch.float16
+    mean = slope(value / 2, student).float()  # float16 ends at 65504
+    torch.testing.assert_close(mean, torch.full_like(mean, 4e4), rtol=1e-3, atol=0.0)
 
 
 @given(batch=ragged())
@@ -772,7 +781,6 @@ def test_any_number_of_dimensions_before_the_vocabulary(name: str) -> None:
     assert whole.shape == (2, 3)
     assert torch.equal(loss(student[0, 1], teacher[0, 1], **more), whole[0, 1])
     assert loss(student[:0], teacher[:0], **more).shape == (0, 3)
-    assert torch.equal(loss(student, teacher.clone(), **more), whole)
 
 
 def test_worked_numbers_of_the_formula_collection() -> None:
@@ -797,8 +805,8 @@ LIST = torch.full((2, 3, 1), -1.0)
         (lambda: forward_kl(Z[..., :0], Z[..., :0]), r"vocabulary dimension, got shape \(2, 3, 0\)"),
         (lambda: forward_kl(Z, Z, temperature=0.0), "temperature must be positive and finite, got 0.0"),
         (lambda: reverse_kl(Z, Z, temperature=-1.0), "temperature must be positive and finite, got -1.0"),
-        (lambda: generalized_jsd(Z, Z, beta=0.0), r"beta must lie in \(0, 1\), got 0.0: the ends"),
-        (lambda: generalized_jsd(Z, Z, beta=1.0), r"beta must lie in \(0, 1\), got 1.0: the ends"),
+        (lambda: generalized_jsd(Z, Z, beta=0.0), r"beta must lie in \(0, 1\), got 0.0"),
+        (lambda: generalized_jsd(Z, Z, beta=1.0), r"beta must lie in \(0, 1\), got 1.0"),
         (lambda: generalized_jsd(Z, Z, beta=math.nan), r"beta must lie in \(0, 1\), got nan"),
         (lambda: generalized_jsd(Z, Z, beta=0.5, temperature=INF), "temperature must be .* got inf"),
         (lambda: top_k_forward_kl(Z, LIST, IDS[..., 0]), r"teacher_logps \(2, 3, 1\), teacher_ids \(2, 3\)"),
@@ -822,6 +830,10 @@ LIST = torch.full((2, 3, 1), -1.0)
         (lambda: hidden_state_loss(Z, Z[:1], torch.eye(4)), r"as teacher_hidden \(1, 3, 4\)"),
         (lambda: hidden_state_loss(Z, Z, torch.zeros(4)), r"projection must have 2 dimension\(s\)"),
         (lambda: hidden_state_loss(Z.sum(), Z, torch.eye(4)), r"student_hidden \(\) times"),
+        (
+            lambda: hidden_state_loss(Z, Z[..., :0], torch.zeros(4, 0)),
+            r"teacher_hidden \(2, 3, 0\), with D_T ≥ 1",
+        ),
     ],
 )
 def test_bad_input_is_refused(call: Callable[[], Tensor], message: str) -> None:

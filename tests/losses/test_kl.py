@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,6 +20,7 @@ from nanopost.losses import (
     token_logps,
     truncate_logits,
 )
+from tests import oracle
 from tests.pages import scalar
 from tests.policies import Batch, each, pair
 from tests.properties import check_half, check_masked_slots, check_only_gradient, check_split, slope
@@ -101,9 +103,18 @@ def test_K7_k3_is_precise_at_small_differences(k1: float, dtype: torch.dtype) ->
 def test_K7_extreme_differences_are_finite(k1: float, kind: str) -> None:
     logps = torch.tensor([[k1]], requires_grad=True)
     estimate = kl_estimate(logps, torch.zeros(1, 1), kind=kind)
-    assert estimate.isfinite().all() and slope(estimate, logps).isfinite().all()
-    if kind != "k3":
-        assert estimate.item() == {"k1": k1, "k2": k1**2 / 2}[kind]
+    assert estimate.isfinite().all()
+    k3 = 9999.0 if k1 > 0 else pytest.approx(math.exp(60) - 61, rel=1e-6)
+    assert estimate.item() == {"k1": k1, "k2": k1**2 / 2, "k3": k3}[kind]
+    assert slope(estimate, logps).item() == {"k1": 1.0, "k2": k1, "k3": float(k1 > 0)}[kind]
+
+
+@pytest.mark.parametrize("k1", [59.0, 61.0, -59.0])
+def test_K7_k3_is_exact_above_its_lower_bound(k1: float) -> None:
+    logps = torch.tensor([k1], dtype=torch.float64, requires_grad=True)
+    estimate = kl_estimate(logps, torch.zeros(1, dtype=torch.float64), kind="k3")
+    assert estimate.item() == pytest.approx(scalar("kl_estimate")(k1, 0.0, "k3"), rel=1e-12)
+    assert slope(estimate, logps).item() == pytest.approx(1.0 - math.exp(-k1), rel=1e-12)
 
 
 def by_page(logps: Tensor, ref_logps: Tensor, mask: Tensor, held: Tensor) -> Tensor:
@@ -218,6 +229,25 @@ def test_KG7_the_expected_gradient_is_that_of_the_kl(seed: int, first: int, seco
     torch.testing.assert_close(found, true, rtol=0.0, atol=1e-12)
     assert (expected(kl_estimate(logps, ref_logps, kind="k2")) - true).abs().max() > 1e-6
     assert (expected(kl_estimate(logps, ref_logps, kind="k1"))).abs().max() < 1e-12 < true.abs().max()
+
+
+@pytest.mark.parametrize("seed", [1, 7])
+def test_KG7_it_holds_for_a_sum_over_tokens_alone(seed: int) -> None:
+    case = oracle.cases(3, 2, seed)["tree"]
+    reference = oracle.per_token(case.tree, np.log(case.anchor))
+    draws = oracle.groups(case.tree, 1, case.policy)
+
+    def found(mode: str) -> tuple[float, float]:
+        def loss(s: oracle.Samples) -> Tensor:
+            logps = token_logps(s.logits, s.target_ids)
+            values = kl_loss_with_correct_gradient(logps, s.look_up(reference), s.mask)
+            return aggregate(values * s.weight, s.mask, mode=mode, denom=1.0)
+
+        truth = oracle.kl_gradient(case.tree, case.policy, case.anchor)
+        return oracle.compare(oracle.gradient_over(case, draws, loss), truth)
+
+    assert found("sequence_sum") == pytest.approx((1.0, 1.0), abs=1e-12) == found("constant")
+    assert found("sequence_mean")[0] < 0.999
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -878,6 +878,15 @@ def test_page_states_the_factor_of_standardising() -> None:
             assert row[column] == f"{standardised(size, p) / standardised(size, 0.5):.2f}"
 
 
+def test_page_repeats_its_own_numbers_beside_those_of_other_tables() -> None:
+    rows = pages.table(PAGE.read_text(encoding="utf-8"))
+    ours = {row["estimator"]: f"{row['cosine']}, {row['norm ratio']}" for row in rows if "estimator" in row}
+    beside = [row for row in rows if "the row of ours" in row]
+    assert len(beside) >= 12
+    for row in beside:
+        assert row["ours"] == ours[row["the row of ours"]]
+
+
 def test_page_states_the_numbers_of_the_oracle() -> None:
     columns = ("estimator", "cosine", "norm ratio", "cosine of others", "norm ratio of others")
     computed = [(name, *page_row(name)) for name in ROWS]

@@ -16,6 +16,7 @@ import torch
 
 from nanopost import losses
 from tests import pages
+from tests.pages import ELSEWHERE
 
 ROOT = Path(__file__).parents[2]
 NO_FORMULAS = ("__init__", "checks", "compare", "variants")
@@ -23,12 +24,6 @@ ROOMS = sorted(
     path.stem for path in Path(losses.__file__).parent.glob("*.py") if path.stem not in NO_FORMULAS
 )
 PUBLIC = sorted(losses.__all__)
-# Formulas that live elsewhere, because of what they work on; their pages have the same shape.
-ELSEWHERE = {
-    "pass_at_k": "nanopost.evals.accuracy",
-    "record_samples": "nanopost.data.chat",
-    "render": "nanopost.data.chat",
-}
 PAGES = sorted([*PUBLIC, *ELSEWHERE])
 INDEX = {row["function"]: row for row in pages.table(pages.page_text("README")) if "function" in row}
 SECTIONS = ["Scalar reference", "Invariants", "Worked numbers", "At step 0", "Elsewhere"]

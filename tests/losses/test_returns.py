@@ -134,6 +134,32 @@ def test_KS3_a_score_of_zero_is_a_score_and_one_that_is_missing_is_refused(beta:
             kl_shaped_rewards(torch.tensor([0.0, missing]), logps, ref_logps, mask, beta=beta)
 
 
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["logps", "ref_logps", "rewards", "values"])
+def test_what_is_not_finite_in_the_mask_is_refused(name: str, junk: float) -> None:
+    sound, broken = torch.ones(2, 3), torch.ones(2, 3)
+    broken[1, 2] = junk
+    calls: dict[str, list[Callable[[], object]]] = {
+        "logps": [lambda: kl_shaped_rewards(sound[:, 0], broken, sound, sound, beta=0.1)],
+        "ref_logps": [lambda: kl_shaped_rewards(sound[:, 0], sound, broken, sound, beta=0.1)],
+        "rewards": [
+            lambda: reward_to_go(broken, sound, gamma=0.9),
+            lambda: gae(broken, sound, sound, gamma=0.9, gae_lambda=0.9),
+        ],
+        "values": [lambda: gae(sound, broken, sound, gamma=0.9, gae_lambda=0.9)],
+    }
+    for call in calls[name]:
+        with pytest.raises(ValueError, match=rf"^{name} must be finite, got {junk} at index \(1, 2\)"):
+            call()
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_KS3_without_a_kl_the_log_probabilities_are_not_read(junk: float) -> None:
+    logps, mask = torch.full((1, 2), junk), torch.ones(1, 2)
+    for pair in ((logps, mask), (mask, logps)):
+        assert kl_shaped_rewards(torch.tensor([0.5]), *pair, mask, beta=0.0).tolist() == [[0.0, 0.5]]
+
+
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("soiled", [0, 1])
 @given(batch=ragged())
@@ -473,13 +499,13 @@ ONES, OTHER = torch.ones(2, 3), torch.ones(3, 2)
     ("call", "message"),
     [
         (lambda: reward_to_go(ONES, OTHER, gamma=1.0), "shapes must be equal"),
-        (lambda: reward_to_go(ONES[0], ONES[0], gamma=1.0), r"rewards must have 2 dimension\(s\)"),
+        (lambda: reward_to_go(ONES[0], ONES[0], gamma=1.0), r"mask must have 2 dimension\(s\)"),
         (lambda: reward_to_go(ONES, 2 * ONES, gamma=1.0), "mask must be bool or hold only 0 and 1"),
         (lambda: reward_to_go(ONES, ONES, gamma=1.01), r"gamma must lie in \[0, 1\], got 1.01"),
         (lambda: reward_to_go(ONES, ONES, gamma=math.nan), r"gamma must lie in \[0, 1\], got nan"),
         (lambda: gae(ONES, OTHER, ONES, gamma=1.0, gae_lambda=1.0), "shapes must be equal"),
         (lambda: gae(ONES, ONES, 2 * ONES, gamma=1.0, gae_lambda=1.0), "mask must be bool or hold only"),
-        (lambda: gae(ONES[0], ONES[0], ONES[0], gamma=1.0, gae_lambda=1.0), "rewards must have 2 dim"),
+        (lambda: gae(ONES[0], ONES[0], ONES[0], gamma=1.0, gae_lambda=1.0), "mask must have 2 dim"),
         (lambda: gae(ONES, ONES, ONES, gamma=-0.1, gae_lambda=1.0), r"gamma must lie in \[0, 1\], got -0.1"),
         (
             lambda: gae(ONES, ONES, ONES, gamma=1.0, gae_lambda=2.0),

@@ -8,7 +8,6 @@ TEST_COLLATE, TEST_CHAT = "tests/data/test_collate.py", "tests/data/test_chat.py
 MUTANTS = [
     Mutant(
         name="mask_off_by_one",
-        row=11,
         source="verl#3287",
         story="The mask stays at the sample's own places while the targets move on by one.",
         file=COLLATE,
@@ -18,7 +17,6 @@ MUTANTS = [
     ),
     Mutant(
         name="double_shift",
-        row=12,
         source="open-instruct#1549",
         story="Labels that are shifted already are shifted again: the token after next is learnt.",
         file=COLLATE,
@@ -28,7 +26,6 @@ MUTANTS = [
     ),
     Mutant(
         name="double_bos",
-        row=16,
         source="trl#1591",
         story="The template writes BOS and the tokenizer adds its own: every sequence starts with two.",
         file=CHAT,
@@ -38,7 +35,6 @@ MUTANTS = [
     ),
     Mutant(
         name="unconditional_eos",
-        row=16,
         source="trl#3328",
         story="EOS is put behind a text that ends in one: the model learns that an end comes after the end.",
         file=CHAT,
@@ -48,7 +44,6 @@ MUTANTS = [
     ),
     Mutant(
         name="prompt_without_its_header",
-        row=18,
         source="trl#6433",
         story="The prompt ends before the header of the answer: sampling and training see two contexts.",
         file=CHAT,
@@ -58,7 +53,6 @@ MUTANTS = [
     ),
     Mutant(
         name="given_turns_trained",
-        row=13,
         source="trl#1625",
         story="Assistant turns of the prompt are trained on like those of the completion.",
         file=CHAT,
@@ -68,7 +62,6 @@ MUTANTS = [
     ),
     Mutant(
         name="only_the_last_turn_trained",
-        row=25,
         source="prime-rl#2975",
         story="Of a trajectory with tools only the final answer is a sample: the calls are never learnt.",
         file=CHAT,
@@ -78,7 +71,6 @@ MUTANTS = [
     ),
     Mutant(
         name="stop_masked_as_padding",
-        row=17,
         source="transformers#23530",
         story="Padding is told by its id, and the padding id is the stop id: the model never learns to stop.",
         file=COLLATE,
@@ -88,7 +80,6 @@ MUTANTS = [
     ),
     Mutant(
         name="stop_token_not_supervised",
-        row=17,
         source="trl#3200",
         story="The completion ends before its stop token, so that nothing ever trains the stop.",
         file=CHAT,
@@ -98,7 +89,6 @@ MUTANTS = [
     ),
     Mutant(
         name="joint_tokens_across_the_boundary",
-        row=18,
         source="trl#4201",
         story="The joint tokens are cut at the length of the prompt, though one straddles the cut.",
         file=CHAT,
@@ -108,7 +98,6 @@ MUTANTS = [
     ),
     Mutant(
         name="completion_tokenised_apart",
-        row=18,
         source="open-instruct#1806",
         story="The completion is tokenised by itself, and gets the space some tokenizers put first.",
         file=CHAT,
@@ -118,7 +107,6 @@ MUTANTS = [
     ),
     Mutant(
         name="header_trained",
-        row=19,
         source="trl#5224",
         story="The header of the assistant's turn is trained on though the sampler is given it.",
         file=CHAT,
@@ -128,7 +116,6 @@ MUTANTS = [
     ),
     Mutant(
         name="first_stop_id_only",
-        row=20,
         source="verl#213",
         story="Of several stop ids only the first is kept: turns that end in another run on.",
         file=CHAT,
@@ -138,7 +125,6 @@ MUTANTS = [
     ),
     Mutant(
         name="decode_token_by_token",
-        row=22,
         source="nanochat#4c3590c",
         story="Tokens are decoded one at a time: a character split over two of them is lost.",
         file=CHAT,
@@ -148,7 +134,6 @@ MUTANTS = [
     ),
     Mutant(
         name="positions_counted_from_the_padding",
-        row=23,
         source="OpenRLHF#217",
         story="Positions are those of the padded row: a sequence changes with its neighbours.",
         file=COLLATE,
@@ -158,7 +143,6 @@ MUTANTS = [
     ),
     Mutant(
         name="positions_not_restarted",
-        row=24,
         source="trl#1230",
         story="Positions run on through a packed row: the second sample starts where the first one ended.",
         file=COLLATE,
@@ -168,7 +152,6 @@ MUTANTS = [
     ),
     Mutant(
         name="packing_leaks",
-        row=24,
         source="LLaMA-Factory#2289",
         story="All samples of a packed row are one segment: each sees those before it.",
         file=COLLATE,
@@ -178,7 +161,6 @@ MUTANTS = [
     ),
     Mutant(
         name="shift_over_the_seam",
-        row=24,
         source="torchtune#992",
         story="The last target of a packed sample, its stop token, is lost at the seam with the next.",
         file=COLLATE,

@@ -2,7 +2,7 @@
 
 from tests.mutants.mutant import Mutant
 
-DISTILL = "nanopost/losses/distill.py"
+DISTILL, HIDDEN = "nanopost/losses/distill.py", "nanopost/losses/hidden.py"
 TEST = "tests/losses/test_distill.py::test"
 FORWARD = "return temperature**2 * _kl(log_t, log_s)"
 PAIR = "log_s, log_t = _log_probs(temperature, student_logits=student_logits, teacher_logits=teacher_logits)"
@@ -10,7 +10,6 @@ PAIR = "log_s, log_t = _log_probs(temperature, student_logits=student_logits, te
 MUTANTS = [
     Mutant(
         name="jsd_beta_on_the_student",
-        row=34,
         source="TRL#3043",
         story="The mixture has β of the student: near β = 0 the loss is the reverse KL, not the forward.",
         file=DISTILL,
@@ -20,7 +19,6 @@ MUTANTS = [
     ),
     Mutant(
         name="jsd_weights_on_the_wrong_kl",
-        row=34,
         source="Liger-Kernel#974",
         story="The two KLs have each other's weight: at β = .1 the loss is several times too large.",
         file=DISTILL,
@@ -30,7 +28,6 @@ MUTANTS = [
     ),
     Mutant(
         name="jsd_mixes_logits",
-        row=34,
         source="Liger-Kernel#609",
         story="The mixture is the softmax of mixed logits: a token that one excludes is out for both.",
         file=DISTILL,
@@ -40,7 +37,6 @@ MUTANTS = [
     ),
     Mutant(
         name="jsd_log_of_an_underflow",
-        row=35,
         source="Liger-Kernel#769",
         story="The mixture's probabilities underflow before their logarithm: NaN in the gradient.",
         file=DISTILL,
@@ -50,7 +46,6 @@ MUTANTS = [
     ),
     Mutant(
         name="jsd_without_a_factor_of_the_temperature",
-        row=36,
         source="tinker#103",
         story="The bound of the loss no longer grows as τ²: at another temperature it weighs something else.",
         file=DISTILL,
@@ -60,7 +55,6 @@ MUTANTS = [
     ),
     Mutant(
         name="forward_kl_is_the_reverse",
-        row=26,
         source="trl#4171",
         story="Whatever is asked for, the reverse KL is computed: the student drops what it should cover.",
         file=DISTILL,
@@ -70,7 +64,6 @@ MUTANTS = [
     ),
     Mutant(
         name="reverse_kl_is_the_forward",
-        row=26,
         source="slime#2254",
         story="Arguments the wrong way round: on-policy distillation tries to cover the whole teacher.",
         file=DISTILL,
@@ -80,7 +73,6 @@ MUTANTS = [
     ),
     Mutant(
         name="temperature_squared_missing",
-        row=36,
         source="tinker#103",
         story="At τ = 4 the gradient is a sixteenth of what it should be, and the labels' loss drowns it.",
         file=DISTILL,
@@ -90,17 +82,15 @@ MUTANTS = [
     ),
     Mutant(
         name="teacher_at_another_temperature",
-        row=36,
         source="slime#2085",
         story="The temperature reaches the student alone: the loss is not 0 for the teacher itself.",
         file=DISTILL,
-        before="scaled = [wide(tensor) / temperature for tensor in logits.values()]",
-        after="scaled = [wide(z) / temperature ** (n == 'student_logits') for n, z in logits.items()]",
+        before="sound_rows(wide(tensor) / temperature) for tensor in logits.values()]",
+        after="sound_rows(wide(z) / temperature ** (n == 'student_logits')) for n, z in logits.items()]",
         killer=f"{TEST}_FK3_never_negative_and_zero_for_the_teacher_itself[2.5]",
     ),
     Mutant(
         name="teacher_learns_too",
-        row=36,
         source="slime#2085",
         story="The teacher is no constant: where the two share weights, it comes to meet the student.",
         file=DISTILL,
@@ -110,7 +100,6 @@ MUTANTS = [
     ),
     Mutant(
         name="minus_infinity_times_zero",
-        row=35,
         source="TRL#5594",
         story="A token that neither has gives ∞ − ∞: one padded vocabulary, and the step is NaN.",
         file=DISTILL,
@@ -120,7 +109,6 @@ MUTANTS = [
     ),
     Mutant(
         name="infinite_rows_keep_their_gradient",
-        row=35,
         source="tinker#677",
         story="A masked token whose teacher excludes something sends 0 · ∞ back: NaN in every weight.",
         file=DISTILL,
@@ -130,17 +118,15 @@ MUTANTS = [
     ),
     Mutant(
         name="softmax_of_junk",
-        row=7,
         source="verl#2377",
         story="A masked row of NaN goes through the softmax, whose backward makes NaN of an upstream 0.",
         file=DISTILL,
-        before="z.masked_fill(~sound, 0.0).log_softmax(-1).masked_fill(~sound, torch.nan)",
-        after="z.log_softmax(-1)",
+        before="[sound_rows(wide(tensor) / temperature) for",
+        after="[(wide(tensor) / temperature, sound_rows(wide(tensor))[1]) for",
         killer=f"{TEST}_FK6_masked_slots_may_hold_anything[0-nan]",
     ),
     Mutant(
         name="batchmean_over_the_rows",
-        row=8,
         source="TRL#4105",
         story="A sum over tokens divided by sequences: the longer the answers, the larger the loss.",
         file=DISTILL,
@@ -150,7 +136,6 @@ MUTANTS = [
     ),
     Mutant(
         name="tail_dropped",
-        row=42,
         source="verl#7856",
         story="Only the listed tokens are summed: no KL, negative for a student too sure of the list.",
         file=DISTILL,
@@ -160,7 +145,6 @@ MUTANTS = [
     ),
     Mutant(
         name="tail_on_the_students_side_only",
-        row=42,
         source="tinker#677",
         story="The teacher's list is renormalised, the student's is not: the perfect student has a loss.",
         file=DISTILL,
@@ -170,7 +154,6 @@ MUTANTS = [
     ),
     Mutant(
         name="rounding_is_a_tail",
-        row=42,
         source="verl#7855",
         story="A list that is complete up to rounding leaves a tail of 1e−3, and the loss is infinite.",
         file=DISTILL,
@@ -180,40 +163,36 @@ MUTANTS = [
     ),
     Mutant(
         name="projection_is_not_learnt",
-        row=4,
         source="open-instruct#1498",
         story="The map between the widths keeps its random start: the student learns a random rotation.",
-        file=DISTILL,
-        before="@ wide(projection)",
-        after="@ wide(projection).detach()",
+        file=HIDDEN,
+        before="@ weights",
+        after="@ weights.detach()",
         killer=f"{TEST}_HS2_gradients_in_closed_form_and_none_to_the_teacher",
     ),
     Mutant(
         name="hidden_mean_over_everything",
-        row=52,
         source="OpenRLHF#1250",
         story="The mean runs over the tokens as well, masked ones included: every token has the same loss.",
-        file=DISTILL,
-        before="gap.square().mean(dim=-1)",
-        after="gap.square().mean().expand(gap.shape[:-1])",
+        file=HIDDEN,
+        before="squared(gap).mean(dim=-1)",
+        after="squared(gap).mean().expand(gap.shape[:-1])",
         killer=f"{TEST}_HS1_value_equals_the_page",
     ),
     Mutant(
         name="hidden_sum_over_the_width",
-        row=8,
         source="TRL#4105",
         story="A sum where a mean is meant: the loss weighs more the wider the teacher is.",
-        file=DISTILL,
-        before="gap.square().mean(dim=-1)",
-        after="gap.square().sum(dim=-1)",
+        file=HIDDEN,
+        before="squared(gap).mean(dim=-1)",
+        after="squared(gap).sum(dim=-1)",
         killer=f"{TEST}_HS7_units_that_come_twice_change_nothing",
     ),
     Mutant(
         name="hidden_junk_reaches_the_projection",
-        row=7,
         source="verl#2377",
         story="A masked state of NaN times an upstream 0 is NaN in the gradient of the shared projection.",
-        file=DISTILL,
+        file=HIDDEN,
         before="student.masked_fill(~sound, 0.0) @",
         after="student @",
         killer=f"{TEST}_HS4_masked_slots_may_hold_anything[0-nan]",

@@ -6,12 +6,13 @@ REDUCE, LIKELIHOOD = "nanopost/losses/reduce.py", "nanopost/losses/likelihood.py
 POLICY, ADVANTAGES, CHECKS = (f"nanopost/losses/{room}.py" for room in ("policy", "advantages", "checks"))
 RATIO, KL = "nanopost/losses/ratio.py", "nanopost/losses/kl.py"
 TESTS = "tests/losses"
+SFT, TEST_SFT = "train_sft.py", "tests/scripts/test_train_sft.py"
+DISTRIBUTED, TEST_RANKS = "nanopost/distributed.py", "tests/test_distributed.py"
 EXACT = f"{TESTS}/test_oracle.py::test_estimator_is_exact"
 
 MUTANTS = [
     Mutant(
         name="mean_of_micro_batch_means",
-        row=1,
         source="trl#2175",
         story="Each micro-batch divides by its own tokens: short ones weigh too much.",
         file=REDUCE,
@@ -20,8 +21,39 @@ MUTANTS = [
         killer=f"{TESTS}/test_reduce.py::test_A3_any_split_gives_the_gradient_of_the_step[token_mean]",
     ),
     Mutant(
+        name="divided_after_backward",
+        source="verl#3332",
+        story="The log shows a mean, but the gradient is that of the sum, and the clip holds in every step.",
+        file=SFT,
+        before="""mode="token_mean", denom=denom)
+            part_loss.backward()
+""",
+        after="""mode="token_mean", denom=1.0)
+            part_loss.backward()
+            part_loss = part_loss / denom
+""",
+        killer=f"{TEST_SFT}::test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens",
+    ),
+    Mutant(
+        name="divided_by_the_ranks_once_more",
+        source="prime-rl#816",
+        story="Averaged over ranks, though the loss is over the whole step's tokens: on two it is halved.",
+        file=DISTRIBUTED,
+        before="module.set_gradient_divide_factor(1.0)",
+        after="module.set_gradient_divide_factor(float(world_size()))",
+        killer=f"{TEST_RANKS}::test_two_ranks_take_the_steps_of_one_process[tied]",
+    ),
+    Mutant(
+        name="each_rank_divides_by_its_own_tokens",
+        source="torchtune#2172",
+        story="The denominator is the rank's share of the step: the sum over two ranks is twice too large.",
+        file=SFT,
+        before="for sample in samples))  # the whole",
+        after="for sample in distributed.shard_rows(samples)))  # the whole",
+        killer=f"{TEST_SFT}::test_micro_batches_packing_and_ranks_change_nothing",
+    ),
+    Mutant(
         name="sequence_sum_is_a_sequence_mean",
-        row=5,
         source="verl#931",
         story="A mode that promises the sum over tokens takes a mean: long answers lose their weight.",
         file=REDUCE,
@@ -31,7 +63,6 @@ MUTANTS = [
     ),
     Mutant(
         name="sequence_mean_over_the_padded_width",
-        row=5,
         source="prime-rl#2034",
         story="The mean of a row divides by the batch's width, so a row's loss depends on its neighbours.",
         file=REDUCE,
@@ -41,7 +72,6 @@ MUTANTS = [
     ),
     Mutant(
         name="constant_length_is_the_batch_width",
-        row=5,
         source="TRL#2881",
         story="Dr. GRPO's constant follows the longest completion: the length bias is back.",
         file=REDUCE,
@@ -51,7 +81,6 @@ MUTANTS = [
     ),
     Mutant(
         name="masked_rows_stay_in_the_normaliser",
-        row=6,
         source="trl#6439",
         story="Truncated completions are masked but still counted: the more of them, the smaller the step.",
         file=REDUCE,
@@ -61,7 +90,6 @@ MUTANTS = [
     ),
     Mutant(
         name="mask_by_multiplication",
-        row=7,
         source="verl#2377",
         story="A NaN in the padding times a mask of 0 is NaN: one bad slot poisons the step.",
         file=REDUCE,
@@ -71,7 +99,6 @@ MUTANTS = [
     ),
     Mutant(
         name="empty_row_divides_by_zero",
-        row=7,
         source="open-instruct#1685",
         story="A row whose tokens are all masked gives 0/0, and the whole batch is NaN.",
         file=REDUCE,
@@ -81,7 +108,6 @@ MUTANTS = [
     ),
     Mutant(
         name="stop_token_left_out",
-        row=46,
         source="nanochat#810",
         story="The last token of each completion gets no gradient, so the policy never learns when to stop.",
         file=REDUCE,
@@ -91,7 +117,6 @@ MUTANTS = [
     ),
     Mutant(
         name="double_shift",
-        row=12,
         source="open-instruct#1549",
         story="The labels come shifted and the loss shifts again: the model learns to skip a token.",
         file=LIKELIHOOD,
@@ -101,7 +126,6 @@ MUTANTS = [
     ),
     Mutant(
         name="temperature_missing_in_training",
-        row=39,
         source="trl#3029",
         story="Sampled at one temperature and scored at 1: the ratio is not 1 before the first update.",
         file=LIKELIHOOD,
@@ -111,7 +135,6 @@ MUTANTS = [
     ),
     Mutant(
         name="truncation_missing_in_training",
-        row=42,
         source="prime-rl#2600",
         story="The sampler truncates, the trainer scores over the whole vocabulary: a biased gradient.",
         file=LIKELIHOOD,
@@ -121,7 +144,6 @@ MUTANTS = [
     ),
     Mutant(
         name="sampled_token_falls_out_of_the_nucleus",
-        row=42,
         source="trl#6789",
         story="A rounding at the edge of the nucleus gives the sampled token log-probability minus infinity.",
         file=LIKELIHOOD,
@@ -131,7 +153,6 @@ MUTANTS = [
     ),
     Mutant(
         name="nucleus_without_its_last_token",
-        row=42,
         source="prime-rl#1965",
         story="The token that carries the mass over p is dropped: the nucleus holds less than it promises.",
         file=LIKELIHOOD,
@@ -141,7 +162,6 @@ MUTANTS = [
     ),
     Mutant(
         name="half_precision_log_softmax",
-        row=47,
         source="OpenRLHF#634",
         story="Log-probabilities in bfloat16 carry two digits: ratios leave 1 without any update.",
         file=CHECKS,
@@ -151,7 +171,6 @@ MUTANTS = [
     ),
     Mutant(
         name="kl_with_the_sign_flipped",
-        row=37,
         source="verl#179",
         story="Reference minus policy: the penalty reads as a negative KL.",
         file=KL,
@@ -161,17 +180,15 @@ MUTANTS = [
     ),
     Mutant(
         name="kl_rewarded_instead_of_penalised",
-        row=37,
         source="lucidrains/PaLM-rlhf-pytorch#38",
         story="The penalty enters with a minus: each step runs away from the reference.",
         file=KL,
-        before="return 0.5 * k1**2 if",
-        after="return -0.5 * k1**2 if",
+        before="return 0.5 * squared(k1) if",
+        after="return -0.5 * squared(k1) if",
         killer=f"{TESTS}/test_kl.py::test_K6_one_step_down_the_estimate_lowers_the_exact_kl[k2]",
     ),
     Mutant(
         name="k3_exponent_flipped",
-        row=37,
         source="rlhf-book#489",
         story="k3 with the exponent flipped is the same near the reference and no KL elsewhere.",
         file=KL,
@@ -181,17 +198,15 @@ MUTANTS = [
     ),
     Mutant(
         name="clamped_kl_has_no_gradient",
-        row=38,
         source="NeMo#2958",
         story="A tight clamp on the log-ratio: the further the policy is, the less pulls it back.",
         file=KL,
-        before="torch.finfo(log_ratio.dtype).max if limit is None else limit",
-        after="1.0",
+        before="wide(other_logps).detach(), low)",
+        after="wide(other_logps).detach(), max(low, -1.0), 1.0)",
         killer=f"{TESTS}/test_kl.py::test_K4_gradients_in_closed_form_and_none_to_the_reference[k2]",
     ),
     Mutant(
         name="reference_not_detached",
-        row=38,
         source="slime#1004",
         story="The other policy is trained too: with shared weights the gradient of the ratio cancels.",
         file=KL,
@@ -201,7 +216,6 @@ MUTANTS = [
     ),
     Mutant(
         name="clip_branches_swapped",
-        row=44,
         source="TRL#4499",
         story="Maximum for minimum: moves that went too far go on, wrong ones are forgiven.",
         file=POLICY,
@@ -211,7 +225,6 @@ MUTANTS = [
     ),
     Mutant(
         name="clip_bounds_swapped",
-        row=44,
         source="TRL#4499",
         story="The lower epsilon above and the upper one below: clip-higher clips lower.",
         file=POLICY,
@@ -221,7 +234,6 @@ MUTANTS = [
     ),
     Mutant(
         name="clip_without_the_minimum",
-        row=44,
         source="open-instruct#1269",
         story="Only the clipped branch: a token that moved the wrong way cannot come back.",
         file=POLICY,
@@ -231,7 +243,6 @@ MUTANTS = [
     ),
     Mutant(
         name="exponential_without_a_clamp",
-        row=7,
         source="trl#6320",
         story="An overflow in a token that the clip discards still makes the gradient NaN.",
         file=RATIO,
@@ -241,7 +252,6 @@ MUTANTS = [
     ),
     Mutant(
         name="nan_advantage_under_the_mask",
-        row=7,
         source="verl#2377",
         story="An advantage of NaN in the padding: the masked sum is clean and its gradient is not.",
         file=POLICY,
@@ -251,7 +261,6 @@ MUTANTS = [
     ),
     Mutant(
         name="entropy_of_minus_infinity",
-        row=35,
         source="TRL#5594",
         story="Zero times minus infinity: one token outside the support makes the entropy NaN.",
         file=KL,
@@ -261,7 +270,6 @@ MUTANTS = [
     ),
     Mutant(
         name="unknown_kind_falls_through",
-        row=26,
         source="trl#4171",
         story="An estimator that does not exist quietly becomes k3.",
         file=KL,
@@ -271,17 +279,15 @@ MUTANTS = [
     ),
     Mutant(
         name="rounding_residue_over_epsilon",
-        row=49,
         source="NeMo#4161",
         story="Equal rewards leave a residue of the mean, and a small epsilon makes it a signal.",
         file=ADVANTAGES,
         before="return grouped - grouped[:, :1]",
         after="return grouped",
-        killer=f"{TESTS}/test_advantages.py::test_G2_equal_rewards_give_exactly_zero[std-dtype2]",
+        killer=f"{TESTS}/test_advantages.py::test_G2_equal_rewards_give_exactly_zero[std-dtype3]",
     ),
     Mutant(
         name="rounding_residue_of_leave_one_out",
-        row=49,
         source="slime#1674",
         story="The same residue in RLOO: prompts without signal push the policy at random.",
         file=ADVANTAGES,
@@ -291,7 +297,6 @@ MUTANTS = [
     ),
     Mutant(
         name="zero_spread_without_epsilon",
-        row=49,
         source="tinker#507",
         story="A group of equal rewards divides 0 by 0.",
         file=ADVANTAGES,
@@ -301,7 +306,6 @@ MUTANTS = [
     ),
     Mutant(
         name="singleton_group_is_nan",
-        row=50,
         source="OpenRLHF#1250",
         story="The unbiased variance of one sample divides by zero; its group has to give no signal instead.",
         file=ADVANTAGES,
@@ -311,7 +315,6 @@ MUTANTS = [
     ),
     Mutant(
         name="ddof_ignored",
-        row=50,
         source="OpenRLHF#1250",
         story="The biased deviation is asked for and the unbiased one used: 15 % off at a group of four.",
         file=ADVANTAGES,
@@ -321,7 +324,6 @@ MUTANTS = [
     ),
     Mutant(
         name="spread_of_the_batch_for_the_group",
-        row=51,
         source="prime-rl#1188",
         story="Deviation of the batch: an easy prompt's advantages depend on a hard one's.",
         file=ADVANTAGES,
@@ -331,17 +333,15 @@ MUTANTS = [
     ),
     Mutant(
         name="groups_interleaved",
-        row=51,
         source="trl#3992",
         story="Rows of a group are taken to lie apart: samples meet other prompts' means.",
         file=ADVANTAGES,
-        before="wide(rewards).detach().reshape(-1, group_size)",
-        after="wide(rewards).detach().reshape(group_size, -1).T",
+        before="rewards.detach().double().reshape(-1, group_size)",
+        after="rewards.detach().double().reshape(group_size, -1).T",
         killer=f"{TESTS}/test_advantages.py::test_G1_value_equals_the_page",
     ),
     Mutant(
         name="mean_along_the_wrong_axis",
-        row=52,
         source="verl#1527",
         story="The baseline is the mean over prompts of one sample slot, and broadcasting hides it.",
         file=ADVANTAGES,
@@ -351,7 +351,6 @@ MUTANTS = [
     ),
     Mutant(
         name="leave_one_out_keeps_its_own",
-        row=50,
         source="OpenRLHF#1250",
         story="The baseline divides by G, so a part of each sample's own reward is taken from it again.",
         file=ADVANTAGES,
@@ -361,7 +360,6 @@ MUTANTS = [
     ),
     Mutant(
         name="likelihood_instead_of_log_likelihood",
-        row=44,
         source="open-instruct#1269",
         story="The logarithm is lost on the way: tokens that are nearly certain get the largest gradient.",
         file=LIKELIHOOD,
@@ -371,10 +369,9 @@ MUTANTS = [
     ),
     Mutant(
         name="nan_logits_under_the_mask",
-        row=7,
         source="verl#2377",
         story="The softmax of a masked row of NaN sends NaN back, though nothing is asked of it.",
-        file=LIKELIHOOD,
+        file=CHECKS,
         before="if broken.any():",
         after="if broken.all():",
         killer=f"{TESTS}/test_likelihood.py::test_T8_masked_rows_may_hold_anything[nan-full]",

@@ -17,7 +17,6 @@ class Mutant:
     """A text patch, where the bug was seen, and the pytest node that must fail under it."""
 
     name: str
-    row: int  # of the catalogue of historic bugs
     source: str  # where it was seen: repository#number or repository commit
     story: str  # one line: what it does to a run
     file: str  # relative to the root of the project

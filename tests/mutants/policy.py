@@ -10,7 +10,6 @@ TEST_RATIO, TEST_POLICY, TEST_KL = (
 MUTANTS = [
     Mutant(
         name="sequence_ratio_is_a_product",
-        row=5,
         source="verl#931",
         story="The sum of the log-ratios for their mean: on long answers every ratio is 0 or explodes.",
         file=RATIO,
@@ -20,7 +19,6 @@ MUTANTS = [
     ),
     Mutant(
         name="sequence_ratio_over_the_padded_width",
-        row=5,
         source="prime-rl#2034",
         story="The mean divides by the batch's width: beside a long answer a short one's ratio nears 1.",
         file=RATIO,
@@ -30,7 +28,6 @@ MUTANTS = [
     ),
     Mutant(
         name="one_ratio_for_all_rows",
-        row=52,
         source="OpenRLHF#1250",
         story="The mean runs over the whole batch: each sequence is clipped for what the others did.",
         file=RATIO,
@@ -40,7 +37,6 @@ MUTANTS = [
     ),
     Mutant(
         name="sequence_ratio_in_the_padding",
-        row=7,
         source="verl#2377",
         story="The row's ratio stands in its padding too, and statistics over the batch count it.",
         file=RATIO,
@@ -50,7 +46,6 @@ MUTANTS = [
     ),
     Mutant(
         name="sequence_ratio_counts_the_prompt",
-        row=54,
         source="slime#1372",
         story="Every position enters the mean, prompt and tool results included, whatever the mask says.",
         file=RATIO,
@@ -60,7 +55,6 @@ MUTANTS = [
     ),
     Mutant(
         name="ratio_masked_by_multiplication",
-        row=7,
         source="verl#2377",
         story="A NaN in the padding times 0 is NaN, in every ratio of a sequence.",
         file=RATIO,
@@ -70,7 +64,6 @@ MUTANTS = [
     ),
     Mutant(
         name="old_policy_not_detached",
-        row=38,
         source="slime#1004",
         story="The old policy is trained too: with shared weights the gradient of the ratio cancels.",
         file=RATIO,
@@ -80,7 +73,6 @@ MUTANTS = [
     ),
     Mutant(
         name="unknown_level_falls_through",
-        row=26,
         source="trl#4171",
         story="A misspelt level quietly means token.",
         file=RATIO,
@@ -90,7 +82,6 @@ MUTANTS = [
     ),
     Mutant(
         name="importance_weights_with_gradient",
-        row=43,
         source="verl#2953",
         story="The correction of the sampler becomes a second objective that pushes its own ratio.",
         file=RATIO,
@@ -100,7 +91,6 @@ MUTANTS = [
     ),
     Mutant(
         name="importance_mask_truncates",
-        row=26,
         source="trl#4171",
         story="Masking is asked for and truncation done: the tokens that should go stay, at the bound.",
         file=RATIO,
@@ -110,7 +100,6 @@ MUTANTS = [
     ),
     Mutant(
         name="importance_mask_without_its_bounds",
-        row=42,
         source="prime-rl#1965",
         story="A token exactly at a bound is dropped: with the bounds at 1, all tokens on policy.",
         file=RATIO,
@@ -120,7 +109,6 @@ MUTANTS = [
     ),
     Mutant(
         name="importance_mask_one_sided",
-        row=43,
         source="trl#4772",
         story="Tokens the trainer finds far less likely than the sampler did are kept in.",
         file=RATIO,
@@ -130,7 +118,6 @@ MUTANTS = [
     ),
     Mutant(
         name="importance_mask_by_multiplication",
-        row=7,
         source="verl#2377",
         story="An infinite ratio times a mask of 0 is NaN: the token that is dropped poisons the step.",
         file=RATIO,
@@ -140,7 +127,6 @@ MUTANTS = [
     ),
     Mutant(
         name="importance_bound_from_below",
-        row=43,
         source="trl#3867",
         story="The cap is a floor: every token weighs at least as much as the largest should.",
         file=RATIO,
@@ -150,7 +136,6 @@ MUTANTS = [
     ),
     Mutant(
         name="reinforce_with_the_sign_flipped",
-        row=37,
         source="verl#179",
         story="The loss rewards what it should punish: each step lowers the expected reward.",
         file=POLICY,
@@ -160,7 +145,6 @@ MUTANTS = [
     ),
     Mutant(
         name="advantage_not_detached",
-        row=38,
         source="slime#1004",
         story="A critic behind the advantage is trained to please the policy.",
         file=POLICY,
@@ -170,7 +154,6 @@ MUTANTS = [
     ),
     Mutant(
         name="dual_clip_on_positive_advantages",
-        row=44,
         source="TRL#4499",
         story="The bound holds for both signs: good tokens lose the gradient that would make them likelier.",
         file=POLICY,
@@ -180,7 +163,6 @@ MUTANTS = [
     ),
     Mutant(
         name="dual_clip_ignored",
-        row=26,
         source="trl#4171",
         story="The option is read and has no effect: a token at ratio 50 pushes with all its weight.",
         file=POLICY,
@@ -190,7 +172,6 @@ MUTANTS = [
     ),
     Mutant(
         name="cispo_branches_swapped",
-        row=44,
         source="TRL#4499",
         story="The maximum with the bound for the minimum: the weight is unbounded where it should not be.",
         file=POLICY,
@@ -200,7 +181,6 @@ MUTANTS = [
     ),
     Mutant(
         name="cispo_without_the_log_probability",
-        row=44,
         source="open-instruct#1269",
         story="The weight is a constant and nothing has a gradient: the loss moves, the policy does not.",
         file=POLICY,
@@ -210,7 +190,6 @@ MUTANTS = [
     ),
     Mutant(
         name="cispo_one_sided",
-        row=44,
         source="open-instruct#1269",
         story="The lower bound is asked for and missing: tokens the policy has left cannot come back.",
         file=POLICY,
@@ -220,7 +199,6 @@ MUTANTS = [
     ),
     Mutant(
         name="cispo_bound_without_the_one",
-        row=44,
         source="TRL#4499",
         story="The epsilon itself is the bound: with the usual .28 every weight is below one third.",
         file=POLICY,
@@ -230,7 +208,6 @@ MUTANTS = [
     ),
     Mutant(
         name="cispo_ratio_not_detached",
-        row=44,
         source="open-instruct#1269",
         story="The weight has a gradient of its own inside the bounds: neither PPO nor CISPO.",
         file=POLICY,
@@ -240,17 +217,15 @@ MUTANTS = [
     ),
     Mutant(
         name="off_policy_loss_with_a_clip",
-        row=38,
         source="NeMo#2958",
         story="A clip on the shaped ratio: a token above the bound gets no gradient and is not learnt.",
         file=POLICY,
-        before="logits.clamp(-bound, bound)",
-        after="logits.clamp(-bound, 0.0)",
+        before="held(logits)",
+        after="held(logits, high=0.0)",
         killer=f"{TEST_POLICY}_OS3_largest_at_gamma_and_zero_nowhere",
     ),
     Mutant(
         name="shaping_gamma_inverted",
-        row=37,
         source="rlhf-book#489",
         story="γ enters with the wrong sign: π/(π + 1/γ), which unlikely tokens cannot be learnt with.",
         file=POLICY,
@@ -260,82 +235,74 @@ MUTANTS = [
     ),
     Mutant(
         name="nan_through_the_sigmoid",
-        row=7,
         source="verl#2377",
         story="A NaN log-probability in the padding: the masked sum is clean and its gradient is not.",
         file=POLICY,
-        before="torch.sigmoid(logits.clamp(-bound, bound))",
+        before="torch.sigmoid(held(logits))",
         after="torch.sigmoid(logits)",
         killer=f"{TEST_POLICY}_OS5_masked_slots_may_hold_anything[0-nan]",
     ),
     Mutant(
         name="kl_charged_from_the_left",
-        row=38,
         source="open-instruct#534",
         story="A token is charged with what came before it, which it could not change.",
         file=KL,
-        before="held.flip(1).cumsum(1).flip(1)",
-        after="held.cumsum(1)",
+        before="value.flip(1).cumsum(1).flip(1)",
+        after="value.cumsum(1)",
         killer=f"{TEST_KL}_KG3_gradient_is_the_sum_from_here_on_and_the_reference_gets_none",
     ),
     Mutant(
         name="kl_charge_not_detached",
-        row=38,
         source="trl#4638",
         story="The charge is differentiated as well: k1 as a loss is back, noise on the right gradient.",
         file=KL,
-        before="held = k1.detach()",
-        after="held = k1",
+        before="value = k1.detach()",
+        after="value = k1",
         killer=f"{TEST_KL}_KG3_gradient_is_the_sum_from_here_on_and_the_reference_gets_none",
     ),
     Mutant(
         name="kl_charged_through_tool_tokens",
-        row=54,
         source="miles#1827",
         story="What a tool answered is charged to the call before it, though the policy never chose it.",
         file=KL,
-        before="held = k1.detach()",
-        after="held = _log_ratio(logps, ref_logps).detach()",
+        before="value = k1.detach()",
+        after="value = _log_ratio(logps, ref_logps).detach()",
         killer=f"{TEST_KL}_KG5_tool_tokens_are_skipped",
     ),
     Mutant(
         name="kl_charged_with_itself_alone",
-        row=38,
         source="trl#6503",
         story="Each token pays for its own log-ratio only: a choice is free to lead wherever it likes.",
         file=KL,
-        before="to_go = held.flip(1).cumsum(1).flip(1)",
-        after="to_go = held",
+        before="to_go = value.flip(1).cumsum(1).flip(1)",
+        after="to_go = value",
         killer=f"{TEST_KL}_KG7_the_expected_gradient_is_that_of_the_kl",
     ),
     Mutant(
         name="kl_charged_without_itself",
-        row=46,
         source="nanochat#810",
         story="The sum starts one token late: the last token of an answer is never held to the reference.",
         file=KL,
-        before="to_go = held.flip(1).cumsum(1).flip(1)",
-        after="to_go = held.flip(1).cumsum(1).flip(1) - held",
+        before="to_go = value.flip(1).cumsum(1).flip(1)",
+        after="to_go = value.flip(1).cumsum(1).flip(1) - value",
         killer=f"{TEST_KL}_KG6_a_single_token_has_the_gradient_of_k2",
     ),
     Mutant(
         name="k2_without_the_half",
-        row=10,
         source="verl#2016",
         story="The square without its half: the penalty is twice as strong as its coefficient says.",
         file=KL,
-        before="return 0.5 * k1**2 if",
-        after="return k1**2 if",
+        before="return 0.5 * squared(k1) if",
+        after="return squared(k1) if",
         killer=f"{TEST_KL}_K1_value_equals_the_page[k2]",
     ),
     Mutant(
         name="entropy_at_temperature_one",
-        row=39,
         source="trl#3029",
         story="Sampled at one temperature, the entropy is that of another policy.",
         file=KL,
-        before="logits = wide(logits) / temperature",
-        after="logits = wide(logits)",
+        before="sound_rows(wide(logits) / temperature)",
+        after="sound_rows(wide(logits))",
         killer=f"{TEST_KL}_H1_value_equals_the_page[0.5]",
     ),
 ]

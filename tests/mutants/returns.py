@@ -3,10 +3,10 @@
 from tests.mutants.mutant import Mutant
 
 ADVANTAGES, RETURNS, VALUE = (f"nanopost/losses/{room}.py" for room in ("advantages", "returns", "value"))
-ACCURACY = "nanopost/evals/accuracy.py"
+ACCURACY, CHECKS = "nanopost/evals/accuracy.py", "nanopost/losses/checks.py"
 TESTS = "tests/losses"
 GAE_LOOP = """\
-    rewards, values = (wide(tensor).detach().masked_fill(~mask, 0.0) for tensor in (rewards, values))
+    rewards, values = _inside(mask, rewards=rewards, values=values)
     advantages = torch.zeros_like(rewards + values)
     ahead, next_values = advantages.new_zeros(2, len(mask))  # A and V of the next action
     for t in reversed(range(mask.shape[1])):
@@ -18,27 +18,24 @@ GAE_LOOP = """\
 MUTANTS = [
     Mutant(
         name="value_loss_without_the_half",
-        row=10,
         source="verl#2016",
         story="The half is missing: with the same coefficient the critic learns twice as fast.",
         file=VALUE,
-        before="return 0.5 * error",
-        after="return error",
+        before="return 0.5 * squared(",
+        after="return squared(",
         killer=f"{TESTS}/test_value.py::test_VL1_value_equals_the_page",
     ),
     Mutant(
         name="smaller_error_of_the_two",
-        row=10,
         source="ray#2233",
         story="The smaller of the two errors: what went the wrong way is stopped, nothing else is.",
         file=VALUE,
-        before="return torch.maximum(",
-        after="return torch.minimum(",
+        before="0.5 * torch.maximum(",
+        after="0.5 * torch.minimum(",
         killer=f"{TESTS}/test_value.py::test_VL2_gradient_follows_the_table",
     ),
     Mutant(
         name="clip_around_the_return",
-        row=10,
         source="ksim#3",
         story="The value is held near its return, not near the old value: large errors have no gradient.",
         file=VALUE,
@@ -48,7 +45,6 @@ MUTANTS = [
     ),
     Mutant(
         name="one_side_of_the_value_clip",
-        row=10,
         source="ray#19291",
         story="Only upward steps are clipped.",
         file=VALUE,
@@ -58,7 +54,6 @@ MUTANTS = [
     ),
     Mutant(
         name="returns_carry_a_gradient",
-        row=29,
         source="minimind#814",
         story="The target of the critic is not held still.",
         file=VALUE,
@@ -68,29 +63,26 @@ MUTANTS = [
     ),
     Mutant(
         name="value_error_of_padding_is_nan",
-        row=7,
         source="verl#2377",
         story="A NaN under the mask is multiplied by a gradient of 0, and that is NaN.",
-        file=VALUE,
-        before="error.masked_fill(~error.isfinite(), torch.nan).square()",
-        after="error.square()",
+        file=CHECKS,
+        before="held(errors, -bound, bound).square()",
+        after="errors.square()",
         killer=f"{TESTS}/test_value.py::test_VL4_masked_slots_may_hold_anything",
     ),
     Mutant(
         name="values_after_the_end",
-        row=53,
         source="verl#1850",
         story="The critic's value of a padding token is the next value of the last token.",
         file=RETURNS,
         before=GAE_LOOP,
-        after=GAE_LOOP.replace(".masked_fill(~mask, 0.0)", "").replace(
-            "torch.where(mask[:, t], values[:, t], next_values)", "values[:, t]"
-        ),
+        after=GAE_LOOP.replace(
+            "_inside(mask, rewards=rewards, values=values)", "(wide(x).detach() for x in (rewards, values))"
+        ).replace("torch.where(mask[:, t], values[:, t], next_values)", "values[:, t]"),
         killer=f"{TESTS}/test_returns.py::test_GA6_nothing_outside_the_mask_is_read[1-100.0]",
     ),
     Mutant(
         name="attention_mask_for_response_mask",
-        row=54,
         source="verl#2543",
         story="Every token from the first action on is taken for an action, tool results and padding too.",
         file=RETURNS,
@@ -100,7 +92,6 @@ MUTANTS = [
     ),
     Mutant(
         name="tool_token_is_the_next_state",
-        row=54,
         source="miles#1827",
         story="The next value is that of the tool token behind, not of the next action.",
         file=RETURNS,
@@ -110,7 +101,6 @@ MUTANTS = [
     ),
     Mutant(
         name="decay_across_tool_tokens",
-        row=54,
         source="slime#1372",
         story="Each token of a tool result decays the advantage once more.",
         file=RETURNS,
@@ -120,7 +110,6 @@ MUTANTS = [
     ),
     Mutant(
         name="gamma_and_lambda_swapped",
-        row=53,
         source="verl#1440",
         story="The critic's next value is discounted by lambda: hidden as long as both are near 1.",
         file=RETURNS,
@@ -130,7 +119,6 @@ MUTANTS = [
     ),
     Mutant(
         name="gamma_missing_in_the_decay",
-        row=53,
         source="verl#1440",
         story="The advantage decays by lambda alone: right only for gamma 1.",
         file=RETURNS,
@@ -140,7 +128,6 @@ MUTANTS = [
     ),
     Mutant(
         name="reward_to_go_starts_anew_at_a_tool_result",
-        row=54,
         source="verl#6376",
         story="What an action before a tool result led to is lost.",
         file=RETURNS,
@@ -150,7 +137,6 @@ MUTANTS = [
     ),
     Mutant(
         name="reward_to_go_discounts_tool_tokens",
-        row=54,
         source="miles#1827",
         story="A long tool result makes the reward behind it vanish.",
         file=RETURNS,
@@ -160,7 +146,6 @@ MUTANTS = [
     ),
     Mutant(
         name="credit_for_the_past",
-        row=53,
         source="verl#1440",
         story="The sum runs over what came before: a token is paid for what it had no part in.",
         file=RETURNS,
@@ -170,7 +155,6 @@ MUTANTS = [
     ),
     Mutant(
         name="score_on_the_last_column",
-        row=55,
         source="trl#3750",
         story="The score lands on padding, and the mask takes it away from every row but the longest.",
         file=RETURNS,
@@ -180,7 +164,6 @@ MUTANTS = [
     ),
     Mutant(
         name="score_on_every_token",
-        row=55,
         source="trl#3750",
         story="Each token is paid the whole score: long answers collect more.",
         file=RETURNS,
@@ -190,27 +173,24 @@ MUTANTS = [
     ),
     Mutant(
         name="score_of_zero_is_no_score",
-        row=56,
         source="OpenRLHF#1219",
         story="A wrong answer is treated as one that was never scored, and gets no KL either.",
         file=RETURNS,
-        before="return terminal - beta * k1.masked_fill(~mask, 0.0)",
-        after="return (terminal - beta * k1.masked_fill(~mask, 0.0)) * scores.ne(0.0)[:, None]",
+        before="return terminal - beta * (ours - reference)",
+        after="return (terminal - beta * (ours - reference)) * scores.ne(0.0)[:, None]",
         killer=f"{TESTS}/test_returns.py::test_KS3_a_score_of_zero_is_a_score_and_one_that_is_missing_is_refused",
     ),
     Mutant(
         name="missing_score_is_zero",
-        row=56,
         source="OpenRLHF#1219",
         story="A score that is missing passes for a wrong answer.",
         file=RETURNS,
-        before='check_finite("rewards", scores)',
-        after="scores = scores.nan_to_num(0.0, 0.0, 0.0)",
+        before="_inside(acts, rewards=rewards)",
+        after="_inside(acts, rewards=rewards.nan_to_num(0.0, 0.0, 0.0))",
         killer=f"{TESTS}/test_returns.py::test_KS3_a_score_of_zero_is_a_score_and_one_that_is_missing_is_refused",
     ),
     Mutant(
         name="kl_in_the_reward_has_the_wrong_sign",
-        row=37,
         source="verl#179",
         story="The policy is paid for leaving the reference.",
         file=RETURNS,
@@ -220,17 +200,15 @@ MUTANTS = [
     ),
     Mutant(
         name="kl_masked_by_multiplication",
-        row=7,
         source="verl#2377",
         story="NaN log-probabilities of padding times 0 are NaN.",
         file=RETURNS,
-        before="k1.masked_fill(~mask, 0.0)",
-        after="(k1 * mask)",
+        before="_inside(read, logps=logps, ref_logps=ref_logps)",
+        after="(wide(tensor).detach() * mask for tensor in (logps, ref_logps))",
         killer=f"{TESTS}/test_returns.py::test_KS4_masked_slots_may_hold_anything",
     ),
     Mutant(
         name="overlong_ramp_points_the_other_way",
-        row=58,
         source="slime#548",
         story="Short completions pay, long ones go free.",
         file=RETURNS,
@@ -240,7 +218,6 @@ MUTANTS = [
     ),
     Mutant(
         name="overlong_ramp_begins_at_the_limit",
-        row=58,
         source="slime#548",
         story="The ramp lies behind the limit, where no completion gets: there is no penalty.",
         file=RETURNS,
@@ -250,7 +227,6 @@ MUTANTS = [
     ),
     Mutant(
         name="overlong_ramp_has_no_end",
-        row=58,
         source="verl reward_manager/dapo.py",
         story="Beyond the limit the penalty goes on growing.",
         file=RETURNS,
@@ -260,37 +236,34 @@ MUTANTS = [
     ),
     Mutant(
         name="any_success_is_informative",
-        row=49,
         source="tinker#507",
         story="Prompts that every sample solves stay in the step and teach nothing.",
         file=ADVANTAGES,
-        before="grouped != grouped[:, :1]",
-        after="grouped > 0",
+        before="_relative(rewards, group_size) != 0.0",
+        after="rewards.detach().reshape(-1, group_size) > 0",
         killer=f"{TESTS}/test_advantages.py::test_IG1_value_equals_the_page",
     ),
     Mutant(
         name="spread_above_zero_is_informative",
-        row=49,
         source="verl dapo_ray_trainer.py",
         story="The rounding residue of a variance passes for a difference of rewards.",
         file=ADVANTAGES,
-        before="grouped != grouped[:, :1]",
-        after="(grouped - grouped.double().mean(1, True)).square().sum(1, True) > 0",
+        before="_relative(rewards, group_size) != 0.0",
+        after="(lambda g: (g - g.mean(1, True)).square().sum(1, True) > 0)(_relative(rewards, group_size) + "
+        "rewards.double().reshape(-1, group_size)[:, :1])",
         killer=f"{TESTS}/test_advantages.py::test_G2_all_1890_constant_groups_give_exactly_zero[informative-dtype3]",
     ),
     Mutant(
         name="filter_meets_other_prompts_rows",
-        row=51,
         source="trl#3992",
         story="Rows of a group are taken to lie apart: the wrong prompts are dropped.",
         file=ADVANTAGES,
-        before="rewards.detach().reshape(-1, group_size)",
-        after="rewards.detach().reshape(group_size, -1).T",
+        before="_relative(rewards, group_size) != 0.0",
+        after="_relative(rewards.reshape(group_size, -1).T.flatten(), group_size) != 0.0",
         killer=f"{TESTS}/test_advantages.py::test_IG1_value_equals_the_page",
     ),
     Mutant(
         name="whitened_over_the_padding",
-        row=52,
         source="slime#2235",
         story="The mean divides by every slot: the more padding, the smaller.",
         file=ADVANTAGES,
@@ -300,7 +273,6 @@ MUTANTS = [
     ),
     Mutant(
         name="whitened_row_by_row",
-        row=52,
         source="OpenRLHF#1250",
         story="The mean of each row in place of the step's: between rows nothing is left to compare.",
         file=ADVANTAGES,
@@ -310,7 +282,6 @@ MUTANTS = [
     ),
     Mutant(
         name="whitened_and_not_masked_again",
-        row=52,
         source="verl#1527",
         story="Padding comes out as minus the mean and is trained on.",
         file=ADVANTAGES,
@@ -320,7 +291,6 @@ MUTANTS = [
     ),
     Mutant(
         name="mean_of_this_process",
-        row=51,
         source="AReaL#1346",
         story="Each process subtracts its own mean.",
         file=ADVANTAGES,
@@ -330,7 +300,6 @@ MUTANTS = [
     ),
     Mutant(
         name="variance_of_this_process",
-        row=51,
         source="AReaL#1346",
         story="Each process divides by a spread of its own.",
         file=ADVANTAGES,
@@ -340,7 +309,6 @@ MUTANTS = [
     ),
     Mutant(
         name="whitening_ignores_ddof",
-        row=52,
         source="OpenRLHF#1250",
         story="The biased variance is asked for and the unbiased one used.",
         file=ADVANTAGES,
@@ -350,7 +318,6 @@ MUTANTS = [
     ),
     Mutant(
         name="whitening_one_value_divides_by_zero",
-        row=50,
         source="OpenRLHF#1250",
         story="The unbiased variance of a single token is 0 over 0.",
         file=ADVANTAGES,
@@ -360,7 +327,6 @@ MUTANTS = [
     ),
     Mutant(
         name="whitening_a_residue",
-        row=49,
         source="NeMo#4161",
         story="Equal advantages leave a residue of the mean, and the whitening blows it up.",
         file=ADVANTAGES,
@@ -370,7 +336,6 @@ MUTANTS = [
     ),
     Mutant(
         name="pass_at_k_by_plugging_in",
-        row=64,
         source="Chen et al. 2021, §2.1",
         story="c/n is put in for p: on average the number is too low.",
         file=ACCURACY,
@@ -380,7 +345,6 @@ MUTANTS = [
     ),
     Mutant(
         name="best_of_k_adds_the_chances",
-        row=64,
         source="Chen et al. 2021, §2.1",
         story="The chances of the samples are added: above 1 for many of them.",
         file=ACCURACY,

@@ -8,7 +8,6 @@ TEST_GSM8K, TEST_MATH, TEST_FORMAT = (f"tests/rewards/test_{name}.py" for name i
 MUTANTS = [
     Mutant(
         name="negative_answers_lose_their_sign",
-        row=64,
         source="open-instruct#1530",
         story="The number pattern knows no minus: −5 is read as 5, which is wrong for both.",
         file=MATH,
@@ -18,7 +17,6 @@ MUTANTS = [
     ),
     Mutant(
         name="hyphen_is_a_minus",
-        row=64,
         source="open-instruct#1530",
         story="Every dash before a digit is a sign: of 5-3 the last number is −3.",
         file=MATH,
@@ -28,7 +26,6 @@ MUTANTS = [
     ),
     Mutant(
         name="thousands_comma_ends_a_number",
-        row=64,
         source="open-instruct#1683",
         story="1,234 is read as 1 and 234.",
         file=MATH,
@@ -38,7 +35,6 @@ MUTANTS = [
     ),
     Mutant(
         name="any_of_several_answers",
-        row=64,
         source="NeMo#3635",
         story="Of several numbers in the answer's place one is taken: a hedge is paid like an answer.",
         file=MATH,
@@ -48,7 +44,6 @@ MUTANTS = [
     ),
     Mutant(
         name="places_may_disagree",
-        row=64,
         source="open-r1#55",
         story="Several places are read and one is enough: #### 18 beside a box with 19 is paid.",
         file=MATH,
@@ -58,7 +53,6 @@ MUTANTS = [
     ),
     Mutant(
         name="malformed_gold_scores_zero",
-        row=64,
         source="open-instruct#1605",
         story="A gold answer that cannot be read gives a reward of 0 in silence, whatever the policy does.",
         file=MATH,
@@ -68,7 +62,6 @@ MUTANTS = [
     ),
     Mutant(
         name="containment_reversed",
-        row=64,
         source="open-instruct#1683",
         story="An expression counts when it is contained in the gold answer: x is right where x+1 is asked.",
         file=MATH,
@@ -78,7 +71,6 @@ MUTANTS = [
     ),
     Mutant(
         name="box_to_the_first_brace",
-        row=64,
         source="tinker#643",
         story="The box ends at the first closing brace: a fraction in it is cut in half and never right.",
         file=MATH,
@@ -88,7 +80,6 @@ MUTANTS = [
     ),
     Mutant(
         name="answers_in_open_reasoning",
-        row=64,
         source="NeMo#3635",
         story="A completion cut off in its reasoning is scored by the last number it happened to think of.",
         file=MATH,
@@ -98,7 +89,6 @@ MUTANTS = [
     ),
     Mutant(
         name="last_duplicate_key_wins",
-        row=64,
         source="open-r1#55",
         story="Of a key given twice the last value is kept: an answer and its hedge in one object.",
         file=FORMAT,

@@ -8,7 +8,6 @@ MODEL_TESTS, SAMPLER_TESTS = "tests/models/test_llama.py", "tests/rollout/test_s
 MUTANTS = [
     Mutant(
         name="temperature-missing-in-training-logps",
-        row=39,
         source="trl#3029",
         story="The trainer scores at temperature 1 what was sampled at another: the first ratio is not 1.",
         file=LLAMA,
@@ -18,7 +17,6 @@ MUTANTS = [
     ),
     Mutant(
         name="sampler-records-raw-log-probs",
-        row=39,
         source="trl#4159",
         story="The sampler gives back log-probs before temperature and truncation, not those it drew from.",
         file=SAMPLER,
@@ -28,7 +26,6 @@ MUTANTS = [
     ),
     Mutant(
         name="only-the-first-stop-id-stops",
-        row=20,
         source="verl#213",
         story="A model with two stop tokens talks on after the second one.",
         file=SAMPLER,
@@ -38,7 +35,6 @@ MUTANTS = [
     ),
     Mutant(
         name="sampled-stop-token-not-trained",
-        row=46,
         source="nanochat#810",
         story="The stop action carries no gradient: the policy cannot learn when to stop.",
         file=TYPES,
@@ -48,7 +44,6 @@ MUTANTS = [
     ),
     Mutant(
         name="first-token-broadcast-to-the-group",
-        row=21,
         source="nanochat 8f979a8",
         story="One draw after the shared prefill serves all samples of the prompt.",
         file=SAMPLER,
@@ -58,7 +53,6 @@ MUTANTS = [
     ),
     Mutant(
         name="cache-read-one-column-short",
-        row=21,
         source="nanochat b062b42",
         story="At a growth boundary the newest keys are cut off: cached and uncached logits part.",
         file=LLAMA,
@@ -68,7 +62,6 @@ MUTANTS = [
     ),
     Mutant(
         name="ragged-prompts-share-one-position",
-        row=23,
         source="OpenRLHF#217",
         story="Rows of a batch decode at the longest prompt's position instead of their own.",
         file=SAMPLER,
@@ -78,7 +71,6 @@ MUTANTS = [
     ),
     Mutant(
         name="packing-leaks-into-the-next-sample",
-        row=24,
         source="trl#1230",
         story="Packed samples attend to those before them in the row.",
         file=LLAMA,
@@ -88,7 +80,6 @@ MUTANTS = [
     ),
     Mutant(
         name="packed-rows-look-ahead",
-        row=24,
         source="alignment-handbook#204",
         story="The block-diagonal mask forgets to be causal.",
         file=LLAMA,
@@ -98,7 +89,6 @@ MUTANTS = [
     ),
     Mutant(
         name="rope-base-of-another-model",
-        row=60,
         source="torchtune#997",
         story="The config's rotary base is ignored: the checkpoint loads, its logits are another model's.",
         file=LLAMA,

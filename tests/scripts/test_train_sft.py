@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 
 from nanopost import metrics
-from nanopost.data.chat import load_chat, prompt_ids
+from nanopost.data.chat import load_chat, prompt_ids, record_samples
 from nanopost.data.schema import read_jsonl
 from nanopost.models.weights import load_model
 from tests.ranks import run_script
@@ -104,6 +105,23 @@ def test_micro_batches_packing_and_ranks_change_nothing(start, tmp_path):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["tokens"] == b["tokens"]
     evaluated = [records(tmp_path / name)[-1]["eval_loss"] for name in ("one", "ranks")]
     assert evaluated[1] == pytest.approx(evaluated[0], abs=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens(start, tmp_path):
+    train(start, tmp_path / "run", "--steps", "1", "--batch-size", "24", "--micro-batch", "5")
+    model, chat = load_model(start[0]), load_chat(start[0])
+    samples = [sample for record in read_jsonl(start[1]) for sample in record_samples(chat, record)]
+    total = tokens = 0.0
+    for sample in samples:  # by torch's own cross-entropy, one sample after the other
+        ids, mask = torch.tensor(sample.ids), torch.tensor(sample.mask[1:]).bool()
+        total += cross_entropy(model(ids[None, :-1])[0][mask], ids[1:][mask], reduction="sum")
+        tokens += int(mask.sum())
+    loss = total / tokens
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    (told,) = records(tmp_path / "run")
+    assert told["tokens"] == tokens and told["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert told["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_too_long_samples_are_counted_not_lost_in_silence(start, tmp_path):

@@ -16,7 +16,7 @@ GROUP_ADVANTAGES = Spec(
         Case(
             "no scale",
             {"group_size": 4, "scale": "none"},
-            "open-instruct default, nanochat, tinker, TRL scale_rewards=none, Dr. GRPO",
+            "no division: open-instruct default, nanochat, tinker, Dr. GRPO, TRL scale_rewards=none",
         ),
         Case("unbiased, 1e-4", STD | {"ddof": 1, "eps": 1e-4}, "TRL scale_rewards=group"),
         Case("unbiased, 1e-6", STD | {"ddof": 1, "eps": 1e-6}, "verl"),
@@ -33,6 +33,7 @@ GROUP_ADVANTAGES = Spec(
         Case(
             "a group of one gives 0",
             {"group_size": 1, "scale": "std", "ddof": 1, "eps": 1e-4},
+            "a group of one: TRL",
             sizes={"N": 3},
         ),
         Case("rewards of 1e4", STD | {"ddof": 0, "eps": 1e-4}, ranges={"rewards": (-1e4, 1e4)}),
@@ -98,6 +99,12 @@ WHITEN = Spec(
             mask="tail",
         ),
         Case("biased", {"ddof": 0, "eps": 1e-8}, mask="tail"),
+        Case(
+            "biased, hardly an ε",
+            {"ddof": 0, "eps": 1e-12},
+            "biased, the variance held at 1e-8 from below: OpenRLHF",
+            mask="tail",
+        ),
         Case("a large ε", {"ddof": 1, "eps": 0.31}, mask="tail"),
         Case("holes over NaN", {"ddof": 1, "eps": 1e-5}, mask="holes", junk=float("nan")),
         Case("a row without tokens over 1e30", {"ddof": 0, "eps": 1e-5}, mask="row", junk=1e30),

@@ -7,6 +7,9 @@ from typing import Any
 from case import Case, Drawn, Spec
 from layout import Unit, elements, rows_to_tokens
 
+CLOSE = {"logps": (-2, -0.05), "ref_logps": (-2, -0.05)}  # k3 stays below the caps of 10
+FAR = {"logps": (-4, -3.2), "ref_logps": (-0.5, -0.05)}  # and here above
+K3_CLOSE = "k3 below 10: TRL, verl low_var_kl, torchtune, open-instruct, OpenRLHF"
 PAIR = {"logps": Drawn("BT", -4, -0.05), "ref_logps": Drawn("BT", -4, -0.05)}
 
 
@@ -24,15 +27,14 @@ KL_ESTIMATE = Spec(
     cases=(
         Case("k1", {"kind": "k1"}, mask="tail"),
         Case("k2", {"kind": "k2"}, "k2: OpenRLHF", mask="tail"),
+        Case("k3", {"kind": "k3"}, K3_CLOSE, mask="tail", ranges=CLOSE),
+        Case("k3, mean", {"kind": "k3"}, K3_CLOSE, mask="tail", ranges=CLOSE, mean=True),
         Case(
-            "k3", {"kind": "k3"}, "k3: TRL, verl low_var_kl, torchtune, open-instruct, OpenRLHF", mask="tail"
-        ),
-        Case(
-            "k3, mean",
+            "k3 above 10",
             {"kind": "k3"},
-            "k3: TRL, verl low_var_kl, torchtune, open-instruct, OpenRLHF",
+            "k3, no cap: TRL, torchtune, open-instruct",
             mask="tail",
-            mean=True,
+            ranges=FAR,
         ),
         Case("k1, holes over NaN", {"kind": "k1"}, mask="holes", junk=math.nan),
         Case("k2, holes over inf", {"kind": "k2"}, mask="holes", junk=math.inf),

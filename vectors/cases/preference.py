@@ -109,6 +109,12 @@ KTO = Spec(
         Case(
             "a negative KL counts as 0", LOW_BETA | WEIGHTS, "TRL kto, OpenRLHF KTOLoss", given={"kl": -0.7}
         ),
+        Case(
+            "both weights 1",
+            LOW_BETA | dict.fromkeys(WEIGHTS, 1.0),
+            "no weights: Liger-Kernel, TRL's defaults",
+            mean=True,
+        ),
         Case("all desirable", LOW_BETA | WEIGHTS, given={"desirable": [1] * 5}),
         Case("none desirable", LOW_BETA | WEIGHTS, given={"desirable": [0] * 5}),
         Case("a dropped row holds NaN", {"beta": 0.3} | WEIGHTS, **NAN),

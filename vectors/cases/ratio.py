@@ -19,7 +19,7 @@ POLICY_RATIO = Spec(
         Case("tokens", TOKEN, "PPO, GRPO: every framework", mask="tail", mean=True),
         Case("sequences", SEQUENCE, "GSPO: TRL sequence, verl gspo", mask="tail", mean=True),
         Case("tokens, weighted", TOKEN, "PPO, GRPO: every framework", mask="tail"),
-        Case("sequences, weighted", SEQUENCE, "GSPO: TRL sequence, verl gspo", mask="tail"),
+        Case("sequences, weighted", SEQUENCE, "GSPO: TRL sequence", mask="tail"),
         Case("tokens, holes over NaN", TOKEN, mask="holes", junk=NAN),
         Case("sequences, holes over NaN", SEQUENCE, mask="holes", junk=NAN),
         Case("tokens, a row without any over inf", TOKEN, mask="row", junk=INF),

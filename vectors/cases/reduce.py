@@ -18,7 +18,11 @@ DIALECTS = (  # mode, name of a denominator, projects
     ("token_mean", 7.0, "verl token-mean, TRL dapo"),
     ("sequence_mean", 3.0, "verl seq-mean-token-mean, TRL grpo, minimind"),
     ("sequence_sum", 3.0, "verl seq-mean-token-sum"),
-    ("constant", 3.0 * 11, "verl seq-mean-token-sum-norm, TRL dr_grpo: constant length 11"),
+    (
+        "constant",
+        3.0 * 11,
+        "verl seq-mean-token-sum-norm (newer: times rows), TRL dr_grpo: constant length 11",
+    ),
 )
 LENGTHS = {"tail": 9.0, "holes": 10.0}
 
@@ -38,6 +42,13 @@ AGGREGATE = Spec(
                 mean=True,
             )
             for mode, denom, dialect in DIALECTS
+        ),
+        Case(
+            "constant, the length alone",
+            {"mode": "constant", "denom": 11.0},
+            "verl seq-mean-token-sum-norm (older: the length alone)",
+            mask="tail",
+            mean=True,
         ),
         *(
             Case(f"{mode}, holes over NaN", {"mode": mode, "denom": 13.7}, mask="holes", junk=math.nan)
@@ -73,7 +84,7 @@ LOCAL_DENOM = Spec(
         Case(
             "a constant length",
             {"mode": "constant", "max_tokens": 11},
-            "verl seq-mean-token-sum-norm, TRL dr_grpo",
+            "verl seq-mean-token-sum-norm (newer: times rows), TRL dr_grpo",
             mask="head",
         ),
         Case("a constant length, a row without tokens", {"mode": "constant", "max_tokens": 11}, mask="row"),

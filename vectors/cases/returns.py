@@ -55,7 +55,12 @@ GAE = Spec(
     layout=rows_to_tokens,
     output={"advantages": "BT", "returns": "BT"},
     cases=(
-        Case("γ = 1, λ = .95", {"gamma": 1.0, "gae_lambda": 0.95}, "verl, OpenRLHF", mask="tail"),
+        Case(
+            "γ = 1, λ = .95",
+            {"gamma": 1.0, "gae_lambda": 0.95},
+            "verl before it whitens, OpenRLHF",
+            mask="tail",
+        ),
         Case("γ = .93, λ = .8", {"gamma": 0.93, "gae_lambda": 0.8}, mask="tail"),
         Case("λ = 0: one step", {"gamma": 0.93, "gae_lambda": 0.0}, mask="tail"),
         Case("γ = λ = 1: reward to go − V", {"gamma": 1.0, "gae_lambda": 1.0}, mask="tail"),
