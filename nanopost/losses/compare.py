@@ -28,7 +28,7 @@ def read_rollout(path: Path) -> dict[str, Any]:
     names = ["logps", "old_logps", "ref_logps", "mask", *(["values"] if "values" in samples[0][1] else [])]
     rows = {name: [_numbers(row, name, where) for where, row in samples] for name in names}
     rewards = torch.cat([_numbers(row, "reward", where) for where, row in samples])
-    traces = torch.tensor([row.get("trace", False) is True for _, row in samples])
+    traces = torch.tensor([_flag(row, "trace", where) for where, row in samples])
     padded = {name: pad_sequence(values, batch_first=True) for name, values in rows.items()}
     return data | padded | {"rewards": rewards, "traces": traces, "tokens": tokens}
 
@@ -57,6 +57,12 @@ def _tokens(sample: Any, where: str) -> list[str]:
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"{where}: tokens must be a list of at least one string, got {tokens!r}")
     return tokens
+
+
+def _flag(sample: dict[str, Any], name: str, where: str) -> bool:
+    if not isinstance(flag := sample.get(name, False), bool):
+        raise ValueError(f"{where}: {name} must be true or false, got {flag!r}")
+    return flag
 
 
 def _numbers(sample: dict[str, Any], name: str, where: str) -> Tensor:

@@ -16,6 +16,7 @@ from .checks import (
     check_unit,
     wide,
 )
+from .likelihood import sequence_logps
 
 # Log-ratios that are exponentiated stay inside ±60 nats; beyond that no gradient flows. e^60 ≈ 1e26 leaves
 # float32 room for an advantage and a sum over tokens.
@@ -67,8 +68,8 @@ def policy_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor, *, level: str =
     mask = check_mask("mask", mask)
     log_ratio = (wide(logps) - wide(old_logps).detach()).masked_fill(~mask, 0.0)
     if level == "sequence":
-        mean = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        log_ratio = mean.expand_as(log_ratio).masked_fill(~mask, 0.0)
+        mean = sequence_logps(log_ratio, mask, average=True)
+        log_ratio = mean[:, None].expand_as(log_ratio).masked_fill(~mask, 0.0)
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 

@@ -49,8 +49,8 @@ SURROGATES: dict[str, Callable[..., Tensor]] = {
     "log_prob": lambda logps, ratio, advantages, **clip: reinforce_loss(logps, advantages),
     "clip": lambda logps, ratio, advantages, **clip: clipped_surrogate_loss(ratio, advantages, **clip),
     "weight": lambda logps, ratio, advantages, **clip: cispo_loss(logps, ratio, advantages, **clip),
-    "traces": lambda logps, ratio, advantages, **clip: clipped_surrogate_loss(ratio, advantages, **clip),
 }
+SURROGATES["traces"] = SURROGATES["clip"]  # on the policy's own samples; the traces have another
 
 
 @dataclass(frozen=True)

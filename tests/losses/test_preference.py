@@ -21,6 +21,7 @@ from nanopost.losses import (
     simpo_loss,
 )
 from tests.pages import scalar
+from tests.policies import each
 from tests.properties import check_half, check_masked_slots, check_only_gradient, check_split, slope
 from tests.ragged import JUNK, normal, ragged
 
@@ -47,12 +48,6 @@ def sums(batch: Batch, number: int, average: bool = False) -> list[Tensor]:
 def means(batch: Batch) -> list[Tensor]:
     """Mean log-probabilities below 0 of two completions; an empty row has some number too."""
     return [torch.where(each < 0, each, -0.7) for each in sums(batch, 2, average=True)]
-
-
-def each(function: Callable[..., float], *columns: Tensor, **arguments: object) -> Tensor:
-    """A page's scalar function over the rows."""
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return torch.tensor([function(*row, **arguments) for row in rows], dtype=torch.float64)
 
 
 def same(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:

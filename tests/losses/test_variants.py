@@ -218,6 +218,7 @@ def drop(rollout: dict, key: str) -> None:
         ),
         (lambda r: r["samples"][1]["logps"].__setitem__(0, 0.5), r"logps must be ≤ 0, got 0.5$"),
         (lambda r: r["samples"][1].update(mask=[1, 0.5]), r"samples\[1\]: mask must be 0 or 1, got 0.5$"),
+        (lambda r: r["samples"][1].update(trace="yes"), r"samples\[1\]: trace must be true or .* 'yes'$"),
         (
             lambda r: r["samples"][1].update(reward="good"),
             r"samples\[1\]: reward must hold finite .* 'good'$",

@@ -13,8 +13,8 @@ MUTANTS = [
         source="verl#931",
         story="The sum of the log-ratios for their mean: on long answers every ratio is 0 or explodes.",
         file=RATIO,
-        before=" / mask.sum(dim=1, keepdim=True).clamp(min=1)",
-        after="",
+        before="average=True",
+        after="average=False",
         killer=f"{TEST_RATIO}_R6_a_sequence_has_one_ratio_and_its_gradient_is_shared",
     ),
     Mutant(
@@ -22,8 +22,8 @@ MUTANTS = [
         source="prime-rl#2034",
         story="The mean divides by the batch's width: beside a long answer a short one's ratio nears 1.",
         file=RATIO,
-        before="mask.sum(dim=1, keepdim=True).clamp(min=1)",
-        after="mask.shape[1]",
+        before="sequence_logps(log_ratio, mask, average=True)",
+        after="log_ratio.mean(dim=1)",
         killer=f"{TEST_RATIO}_R8_padding_row_order_and_neighbours_change_nothing[sequence]",
     ),
     Mutant(
@@ -31,8 +31,8 @@ MUTANTS = [
         source="OpenRLHF#1250",
         story="The mean runs over the whole batch: each sequence is clipped for what the others did.",
         file=RATIO,
-        before="log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)",
-        after="log_ratio.sum() / mask.sum()",
+        before="sequence_logps(log_ratio, mask, average=True)",
+        after="(log_ratio.sum() / mask.sum().clamp(min=1)).expand(len(mask))",
         killer=f"{TEST_RATIO}_R6_a_sequence_has_one_ratio_and_its_gradient_is_shared",
     ),
     Mutant(
@@ -40,8 +40,8 @@ MUTANTS = [
         source="verl#2377",
         story="The row's ratio stands in its padding too, and statistics over the batch count it.",
         file=RATIO,
-        before="mean.expand_as(log_ratio).masked_fill(~mask, 0.0)",
-        after="mean.expand_as(log_ratio)",
+        before="mean[:, None].expand_as(log_ratio).masked_fill(~mask, 0.0)",
+        after="mean[:, None].expand_as(log_ratio)",
         killer=f"{TEST_RATIO}_R7_an_empty_row_is_one_everywhere[sequence]",
     ),
     Mutant(
@@ -56,11 +56,11 @@ MUTANTS = [
     Mutant(
         name="ratio_masked_by_multiplication",
         source="verl#2377",
-        story="A NaN in the padding times 0 is NaN, in every ratio of a sequence.",
+        story="A NaN in the padding times 0 is NaN: so is the ratio there, and what is summed over it.",
         file=RATIO,
         before="(wide(logps) - wide(old_logps).detach()).masked_fill(~mask, 0.0)",
         after="(wide(logps) - wide(old_logps).detach()) * mask",
-        killer=f"{TEST_RATIO}_R4_masked_slots_may_hold_anything[0-nan-sequence]",
+        killer=f"{TEST_RATIO}_R4_masked_slots_may_hold_anything[0-nan-token]",
     ),
     Mutant(
         name="old_policy_not_detached",
