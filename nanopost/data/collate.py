@@ -80,6 +80,28 @@ def collate(
     )
 
 
+def pad_ids(
+    sequences: Sequence[Sequence[int]], *, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Whole sequences side by side, unshifted: what a score, read at a row's last token, is read from.
+
+    Args:
+        sequences: token ids, at least one sequence, each of at least one token.
+        device: where the tensors go; default the CPU.
+    Returns: `input_ids` (B, T), padded on the right with zeros, and `lengths` (B,), int64: all there is to
+        know about padding, whatever token it is made of.
+    Raises: ValueError naming the sequence that is empty.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    if not lengths or 0 in lengths:
+        empty = f"sequences[{lengths.index(0)}] has no token" if lengths else "sequences is empty"
+        raise ValueError(f"{empty}: there is nothing to score")
+    input_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for b, sequence in enumerate(sequences):
+        input_ids[b, : lengths[b]] = torch.tensor(sequence)
+    return input_ids.to(device), torch.tensor(lengths, device=device)
+
+
 def spread(values: Sequence[Tensor], completion_mask: Tensor) -> Tensor:
     """Lay one value per supervised token of each sample on the places where a batch predicts those tokens.
 

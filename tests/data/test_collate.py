@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanopost.data.collate import Batch, collate, spread
+from nanopost.data.collate import Batch, collate, pad_ids, spread
 from nanopost.data.schema import Sample
 
 VOCABULARY = 7
@@ -180,3 +180,18 @@ def test_a_bad_sample_is_named(bad: Sample, message: str) -> None:
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="samples is empty"):
         collate([])
+
+
+def test_whole_sequences_are_padded_on_the_right_and_known_by_length() -> None:
+    input_ids, lengths = pad_ids([(3, 4, 0), (5,), (6, 7, 8, 9)])
+    assert input_ids.tolist() == [[3, 4, 0, 0], [5, 0, 0, 0], [6, 7, 8, 9]]  # unshifted: the last token stays
+    assert lengths.tolist() == [3, 1, 4]  # an id of 0 at the end is a token, not padding
+    assert input_ids.dtype == lengths.dtype == torch.long
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), [([], "sequences is empty"), ([[1], []], r"sequences\[1\] has no token")]
+)
+def test_no_sequence_or_an_empty_one_is_refused(bad: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pad_ids(bad)
