@@ -12,7 +12,7 @@ hang. `gathered` puts all weights in place first and keeps them there until its 
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
+METHODS = ("logps", "values", "scores")  # what a model of ours can be asked beside its forward pass
 
 
 def setup() -> None:
@@ -61,13 +62,15 @@ def shard(model: M) -> M:
 
     Args:
         model: the same weights on every rank, decoder blocks in `model.model.layers`, already on `device()`;
-            its method `logps`, where it has one, becomes a way to run it beside the forward pass.
+            its methods `logps`, `values` and `scores`, where it has them, become ways to run it beside the
+            forward pass.
     Returns:
-        The same model. Gradients after backward are sums over ranks. Outside a forward or backward pass and
-        outside `gathered`, its parameters are DTensors: build the optimiser after this call.
+        The same model; sharded already, it stays as it is. Gradients after backward are sums over ranks.
+        Outside a forward or backward pass and outside `gathered`, its parameters are DTensors: build the
+        optimiser after this call.
     Every rank must run the same number of forward and backward passes, with or without supervised tokens.
     """
-    if world_size() == 1:
+    if world_size() == 1 or isinstance(model, FSDPModule):
         return model
     mesh = init_device_mesh(device().type, (world_size(),))
     blocks: list[Any] = list(model.model.layers)  # type: ignore[union-attr, arg-type]
@@ -78,11 +81,10 @@ def shard(model: M) -> M:
     for module in _units(model):  # the setters are not recursive
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale inside a reduction
-    if hasattr(model, "logps"):
-        # FSDP hangs its backward hook on the output, and a view could lose it: hand out a copy.
-        logps: Any = model.logps
-        model.logps = lambda *args, **kwargs: logps(*args, **kwargs).clone()  # type: ignore[assignment]
-        register_fsdp_forward_method(model, "logps")
+    for name in METHODS:
+        if hasattr(model, name):
+            setattr(model, name, _copied(getattr(model, name)))
+            register_fsdp_forward_method(model, name)
     return model
 
 
@@ -105,6 +107,11 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
         for module in _units(model):
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
+
+
+def _copied(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """FSDP hangs its backward hook on the output, and a view could lose it: hand out a copy."""
+    return lambda *args, **kwargs: method(*args, **kwargs).clone()
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:
@@ -149,6 +156,21 @@ def shard_rows(items: Sequence[T]) -> list[T]:
     """
     count, here, ranks = len(items), rank(), world_size()
     return list(items[count * here // ranks : count * (here + 1) // ranks])
+
+
+def join_rows(rows: Sequence[T]) -> list[T]:
+    """Every rank's rows as one list that all ranks share, in the order of the ranks: `shard_rows` undone.
+
+    Args:
+        rows: this rank's part, of any length; numbers, strings or tensors on the CPU.
+    Returns:
+        The whole list.
+    """
+    if world_size() == 1:
+        return list(rows)
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, list(rows))
+    return [row for part in parts for row in part]
 
 
 def main_print(*values: object) -> None:

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, and the learning rate as a pure function of the step.
+"""Parameter groups, AdamW, the learning rate as a pure function of the step, and a controller of the KL.
 
 No scheduler object keeps a count that a resumed run could get wrong: the script asks `schedule(step, ...)`
 for a multiplier and sets the rate. Weight decay is for matrices; norms' gains and biases are left alone.
@@ -82,6 +82,30 @@ def schedule(step: int, *, steps: int, warmup: int, kind: str, final: float) -> 
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup)) if step < steps else 1.0
     return final + (1.0 - final) * SCHEDULES[kind](progress)
+
+
+def steer_beta(beta: float, kl: float, *, target: float, gain: float = 0.1) -> float:
+    """The KL's weight for the next step: up where the policy has gone too far, down where it stays too near.
+
+    β ← β·(1 + K·clip(KL/target − 1, −.2, .2))
+
+    Args:
+        beta: the weight of this step, above 0 where there is a target: factors cannot move 0.
+        kl: what was measured under it, in the unit of the target.
+        target: where the KL shall be; 0 leaves β as it is.
+        gain: K.
+    Returns:
+        The new weight: at most K/5 more or less, as a share; the same β where kl is the target.
+    Raises:
+        ValueError: a target below 0, or one for a β of 0.
+    Reference: Ziegler et al. 2019, §2.2.
+
+    >>> [round(steer_beta(0.5, kl, target=6.0), 3) for kl in (3.0, 6.0, 6.6, 60.0)]
+    [0.49, 0.5, 0.505, 0.51]
+    """
+    if target < 0 or (target and not beta > 0):
+        raise ValueError(f"kl_target: expected 0, or above 0 with beta above 0, got {target}, beta {beta}")
+    return beta * (1.0 + gain * max(-0.2, min(0.2, kl / target - 1.0))) if target else beta
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -148,3 +148,15 @@ def test_clipping_refuses() -> None:
         optim.clip_grad_norm(with_gradient([1.0, 1.0], 1.0), 0)
     with pytest.raises(ValueError, match="call backward first"):
         optim.clip_grad_norm(Two(), 1.0)
+
+
+def test_beta_is_steered_by_a_share_of_the_error_and_at_most_a_fiftieth() -> None:
+    """β(1 + K·clip(KL/target − 1, ±.2)): up where the KL is too large, down where it is too small."""
+    assert optim.steer_beta(0.5, 6.6, target=6.0, gain=0.3) == pytest.approx(0.5 * (1 + 0.3 * 0.1), rel=1e-12)
+    assert optim.steer_beta(0.5, 5.4, target=6.0) == pytest.approx(0.5 * (1 - 0.1 * 0.1), rel=1e-12)
+    assert optim.steer_beta(0.5, 60.0, target=6.0) == pytest.approx(0.51, rel=1e-12)
+    assert optim.steer_beta(0.5, -3.0, target=6.0) == pytest.approx(0.49, rel=1e-12)
+    assert optim.steer_beta(0.5, 6.0, target=6.0) == optim.steer_beta(0.5, 7.0, target=0.0) == 0.5
+    for beta, target in ((0.0, 1.0), (0.5, -1.0)):
+        with pytest.raises(ValueError, match=f"kl_target: .* got {target}, beta {beta}"):
+            optim.steer_beta(beta, 1.0, target=target)

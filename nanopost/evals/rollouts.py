@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from nanopost.data.chat import Chat, decode, record_samples
-from nanopost.data.collate import collate
+from nanopost.data.collate import collate, pad_ids
 from nanopost.data.schema import Record, Sample
+from nanopost.models.heads import ScoreModel
 from nanopost.models.llama import Llama
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
@@ -47,6 +48,33 @@ def completion_logps(
         scored = model.logps(*ids, position_ids=batch.position_ids, **options)
         logps |= zip(part, scored[mask].cpu().split(mask.sum(dim=1).tolist()), strict=True)
     return [logps[i] for i in range(len(samples))]
+
+
+@torch.no_grad()
+def completion_scores(
+    model: ScoreModel, sequences: Sequence[Sequence[int]], *, micro_batch: int = 64
+) -> Tensor:
+    """What a score model says about whole sequences, prompt and completion, read at each one's last token.
+
+    Args:
+        model: a reward model. Over several processes each must have as many sequences as the others.
+        sequences: token ids, at least one sequence.
+        micro_batch: sequences a forward pass; those alike in length share one, which changes nothing else.
+
+    Returns:
+        Scores (N, labels), float32, on the CPU, in the order of the sequences.
+
+    Raises:
+        ValueError: there is no sequence, or one without a token.
+    """
+    ranked = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    device, scores = next(model.parameters()).device, dict[int, Tensor]()
+    for part in (ranked[i : i + micro_batch] for i in range(0, len(ranked), micro_batch)):
+        input_ids, lengths = pad_ids([sequences[i] for i in part], device=device)
+        scores |= zip(part, model.scores(input_ids, lengths).float().cpu(), strict=True)
+    if not scores:
+        raise ValueError("sequences is empty: there is nothing to score")
+    return torch.stack([scores[i] for i in range(len(sequences))])
 
 
 def trace(chat: Chat, record: Record, prompt: Sequence[int], *, longest: int) -> Rollout:

@@ -100,12 +100,15 @@ ROWS = [  # name, baseline, ratio, surrogate, ε_low, ε_high, aggregation, kl, 
 VARIANTS = {row.name: row for row in ROWS}
 
 
-def choose(loss: str, **overrides: float | None) -> Variant:
+def choose(loss: str, *, critic: bool = False, **overrides: float | None) -> Variant:
     """A row of the table by name, with other numbers for `clip_low`, `clip_high` or `beta` where not None.
 
-    Raises: ValueError for an unknown name, or a number that the row has no use for.
+    Raises: ValueError for an unknown name, a row that needs a critic where there is none, or a number that
+        the row has no use for.
     """
     check_choice("loss", loss, VARIANTS)
+    if VARIANTS[loss].baseline == "critic" and not critic:
+        raise ValueError(f"loss={loss} needs a critic, which this script has not")
     row, given = VARIANTS[loss], {key: value for key, value in overrides.items() if value is not None}
     for key, value in given.items():
         if (row.kl == "none" and value != 0) if key == "beta" else row.surrogate == "log_prob":
@@ -122,6 +125,7 @@ def token_advantages(
     *,
     group_size: int,
     values: Tensor | None = None,
+    gae_lambda: float = 0.95,
     total: Callable[[float], float] = lambda x: x,
 ) -> Tensor:
     """The advantage of every token of a rollout under a row's baseline, its KL in the reward included.
@@ -133,7 +137,8 @@ def token_advantages(
         ref_logps: (N, T), of the reference; not read when no KL is in the reward.
         mask: (N, T), the completion tokens.
         group_size: G.
-        values: (N, T), the critic's, for the baseline "critic" (γ = 1, λ = .95).
+        values: (N, T), the critic's, for the baseline "critic" (γ = 1).
+        gae_lambda: λ, for the baseline "critic".
         total: sums a number over processes, for the baseline "batch"; the identity on one.
     Returns: (N, T), detached, 0 outside the mask.
     Raises: ValueError when the critic's values are missing, and what the functions of the row raise.
@@ -152,7 +157,7 @@ def token_advantages(
         return whiten(reward_to_go(shaped, mask, gamma=1.0), mask, total=total)
     if values is None:
         raise ValueError(f"values must be given: the baseline of {variant.name} is a critic, got None")
-    return gae(shaped, values, mask, gamma=1.0, gae_lambda=0.95)[0]
+    return gae(shaped, values, mask, gamma=1.0, gae_lambda=gae_lambda)[0]
 
 
 def policy_values(

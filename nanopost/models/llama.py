@@ -246,5 +246,5 @@ class Llama(nn.Module):
 
         π is the distribution a sampler draws from at this temperature and truncation.
         """
-        logits = self(input_ids, position_ids, segment_ids)
+        logits = self.forward(input_ids, position_ids, segment_ids)  # self(…) would run FSDP's hooks twice
         return token_logps(logits, target_ids, temperature=temperature, top_k=top_k, top_p=top_p)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanopost.models.llama import Llama, LlamaConfig
 
@@ -24,6 +24,7 @@ REQUIRED = (
     "max_position_embeddings",
 )  # fmt: skip
 TIED = "lm_head.weight"
+M = TypeVar("M", bound=nn.Module)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,9 +83,12 @@ def load_config(folder: str | Path) -> LlamaConfig:
 
 
 def write_config(
-    config: LlamaConfig, folder: str | Path, *, dtype: torch.dtype, stop_ids: tuple[int, ...]
+    config: LlamaConfig, folder: str | Path, *, dtype: torch.dtype, stop_ids: tuple[int, ...], **more: Any
 ) -> None:
-    """Write `config.json` in both spellings: rope_theta, torch_dtype and rope_parameters, dtype."""
+    """Write `config.json` in both spellings: rope_theta, torch_dtype and rope_parameters, dtype.
+
+    `more` are keys to add or to write otherwise, such as another model's `architectures`.
+    """
     name = str(dtype).removeprefix("torch.")
     raw = {
         "architectures": ["LlamaForCausalLM"],
@@ -97,6 +101,7 @@ def write_config(
         "eos_token_id": list(stop_ids) if len(stop_ids) != 1 else stop_ids[0],
         "torch_dtype": name,
         "dtype": name,
+        **more,
     }
     (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
@@ -117,17 +122,10 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Llama:
-    """Read a Llama-family folder into a `Llama`, cast to `dtype`.
-
-    Raises:
-        ValueError: an unreadable file, a tensor twice, missing, unknown or of another shape than the config
-            says; tied embeddings with a head of its own in the file that differs.
-    """
-    folder = Path(folder)
-    config = load_config(folder)
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors files; an unreadable file or a name twice is refused."""
     tensors: dict[str, Tensor] = {}
-    for path in shard_files(folder):
+    for path in shard_files(Path(folder)):
         try:
             shard = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -135,15 +133,15 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Lla
         if twice := sorted(set(shard) & set(tensors)):
             raise ValueError(f"{path}: {twice[0]} stands in another shard too")
         tensors |= shard
-    embedding = tensors.get("model.embed_tokens.weight")
-    if config.tie_word_embeddings and embedding is not None:
-        tied = torch.equal(tensors.setdefault(TIED, embedding), embedding)
-        if not tied:
-            raise ValueError(
-                f"{folder}: config.json ties the head to the embedding, but {TIED} differs from it"
-            )
-    with torch.device("meta"):
-        model = Llama(config)
+    return tensors
+
+
+def fill(model: M, tensors: dict[str, Tensor], folder: str | Path, *, dtype: torch.dtype) -> M:
+    """Give a model on the meta device exactly the tensors it names, cast to `dtype`.
+
+    Raises:
+        ValueError: naming the folder and a tensor that is missing, unknown or of another shape.
+    """
     wanted = model.state_dict()
     if missing := sorted(set(wanted) - set(tensors)):
         raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} in all)")
@@ -154,9 +152,30 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Lla
             shapes = f"{tuple(tensor.shape)}, config.json says {tuple(wanted[name].shape)}"
             raise ValueError(f"{folder}: {name} has shape {shapes}")
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return model.requires_grad_(True)
+
+
+def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Llama:
+    """Read a Llama-family folder into a `Llama`, cast to `dtype`.
+
+    Raises:
+        ValueError: an unreadable file, a tensor twice, missing, unknown or of another shape than the config
+            says; tied embeddings with a head of its own in the file that differs.
+    """
+    config, tensors = load_config(folder), read_tensors(folder)
+    embedding = tensors.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and embedding is not None:
+        tied = torch.equal(tensors.setdefault(TIED, embedding), embedding)
+        if not tied:
+            raise ValueError(
+                f"{folder}: config.json ties the head to the embedding, but {TIED} differs from it"
+            )
+    with torch.device("meta"):
+        model = Llama(config)
+    model = fill(model, tensors, folder, dtype=dtype)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(True)
+    return model
 
 
 @torch.no_grad()
@@ -199,17 +218,20 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: t.detach().contiguous()
-        for name, t in tensors.items()
-        if not (config.tie_word_embeddings and name == TIED)
-    }
+    if config.tie_word_embeddings:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != TIED}
     write_config(config, folder, dtype=next(iter(tensors.values())).dtype, stop_ids=stop_ids)
     if not (folder / "generation_config.json").exists():
         generation = {"eos_token_id": list(stop_ids)}
         (folder / "generation_config.json").write_text(
             json.dumps(generation, indent=2) + "\n", encoding="utf-8"
         )
+    write_tensors(tensors, folder, max_shard_bytes=max_shard_bytes)
+
+
+def write_tensors(tensors: dict[str, Tensor], folder: Path, *, max_shard_bytes: int = 4 << 30) -> None:
+    """Write `model.safetensors`, or above `max_shard_bytes` several files and their index."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:

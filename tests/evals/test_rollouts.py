@@ -9,8 +9,9 @@ import torch
 from nanopost.data.chat import decode, prompt_ids, prompt_messages
 from nanopost.data.collate import collate
 from nanopost.data.schema import Sample, parse_record
-from nanopost.evals.rollouts import completion_logps, rollout_record, trace
+from nanopost.evals.rollouts import completion_logps, completion_scores, rollout_record, trace
 from nanopost.evals.stages import sequence_kl
+from nanopost.models.heads import ScoreModel
 from nanopost.models.llama import Llama
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
@@ -46,6 +47,20 @@ def test_each_sample_gets_its_own_logps_in_its_own_place(model: Llama, scope: di
         alone = model.logps(batch.input_ids, batch.target_ids, **scope)[batch.completion_mask]
         assert not logps.requires_grad and len(logps) == sum(sample.mask)
         torch.testing.assert_close(logps, alone.detach(), rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 64])
+def test_scores_come_in_the_order_of_the_sequences(model: Llama, micro_batch: int) -> None:
+    scorer = ScoreModel(model.config, 2).double()
+    scorer.model = model.model
+    torch.nn.init.normal_(scorer.score.weight, generator=torch.Generator().manual_seed(2))
+    sequences = [sample.ids for sample in ragged_samples(7)]
+    found = completion_scores(scorer, sequences, micro_batch=micro_batch)
+    alone = torch.cat([scorer(torch.tensor([ids]))[:, len(ids) - 1] for ids in sequences])
+    assert found.dtype == torch.float32 and not found.requires_grad and alone.std() > 0.1
+    torch.testing.assert_close(found, alone.detach().float(), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="sequences is empty"):
+        completion_scores(scorer, [])
 
 
 def test_nothing_to_score_is_nothing(model: Llama) -> None:

@@ -1,0 +1,165 @@
+"""Heads that read a number instead of a token: reward models, critics, and a policy that carries its critic.
+
+    score(x, t) = w · h_t,  h = the decoder's last hidden states (B, T, D), w (labels, D), no bias
+
+A reward model reads it at a sequence's last token, found by length: padding may be made of any token, the
+stop token too. A critic reads it at every position: V(s_t) for the state after token t. Temperature has no
+place here, it belongs to the sampler's distribution. A new head is 0, so a run starts from equal scores.
+
+Tensor names are those of the hub's LlamaForSequenceClassification: `model.*` and `score.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanopost.models.llama import Decoder, Llama, LlamaConfig, Where
+from nanopost.models.weights import (
+    fill,
+    load_config,
+    load_model,
+    read_json,
+    read_tensors,
+    write_config,
+    write_tensors,
+)
+
+HEAD = "score.weight"
+
+
+def zero_head(config: LlamaConfig, labels: int = 1, *, dtype: torch.dtype | None = None) -> nn.Linear:
+    """A linear head of zeros, D → labels."""
+    head = nn.Linear(config.hidden_size, labels, bias=False, dtype=dtype)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+class ScoreModel(nn.Module):
+    """The decoder with a score head: a reward model, an attribute model or a critic."""
+
+    def __init__(self, config: LlamaConfig, labels: int = 1):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.score = zero_head(config, labels)
+
+    def forward(self, input_ids: Tensor, position_ids: Where = None, segment_ids: Where = None) -> Tensor:
+        """Scores at every position, (B, T, labels); rows are right-padded or packed, as for `Llama`."""
+        return self.score(self.model(input_ids, position_ids, segment_ids, None))
+
+    def values(self, input_ids: Tensor, *, position_ids: Where = None) -> Tensor:
+        """The one score at every position, (B, T): V(s_t) of a critic, or a logit a token."""
+        return _only(self.forward(input_ids, position_ids))  # not self(…), as in Llama.logps
+
+    def scores(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """The scores of whole sequences, (B, labels), read at token lengths − 1 of each row.
+
+        Raises:
+            ValueError: a length below 1 or above T.
+        """
+        if not ((lengths >= 1) & (lengths <= input_ids.shape[1])).all():
+            raise ValueError(f"lengths must lie in [1, {input_ids.shape[1]}], got {lengths.tolist()}")
+        hidden = self.model(input_ids, None, None, None)
+        return self.score(hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1])
+
+
+class ActorCritic(Llama, nn.Module):
+    """A policy and its critic on one trunk: `lm_head` and `score` beside each other."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.score = zero_head(config)
+
+    def values(self, input_ids: Tensor, *, position_ids: Where = None) -> Tensor:
+        """V(s_t) for the state after token t, (B, T)."""
+        return _only(self.score(self.model(input_ids, position_ids, None, None)))
+
+
+def load_score_model(
+    folder: str | Path, *, labels: int | None = None, dtype: torch.dtype = torch.float32
+) -> ScoreModel:
+    """Read a score model's folder, or a language model's: its trunk, with a head of zeros.
+
+    Args:
+        folder: in hub format; it holds a score model iff it has the tensor `score.weight`.
+        labels: how many scores; None: as many as a score model has, 1 on a language model.
+        dtype: of the weights in memory.
+
+    Raises:
+        ValueError: what `load_model` refuses; a score model with another number of labels.
+    """
+    config, tensors = load_config(folder), read_tensors(folder)
+    if HEAD not in tensors:
+        trunk = load_model(folder, dtype=dtype).model
+        with torch.device("meta"):
+            model = ScoreModel(config, 1)
+        model.model, model.score = trunk, zero_head(config, labels or 1, dtype=dtype)
+        return model
+    found = len(tensors[HEAD])
+    named = len(read_json(Path(folder) / "config.json").get("id2label") or range(found))
+    if not found == named == (labels or found):
+        wanted = "" if labels is None else f", labels={labels} are asked for"
+        raise ValueError(f"{folder}: {HEAD} has {found} rows, config.json names {named} labels{wanted}")
+    with torch.device("meta"):
+        model = ScoreModel(config, found)
+    return fill(model, tensors, folder, dtype=dtype)
+
+
+def save_score_model(
+    config: LlamaConfig,
+    tensors: dict[str, Tensor],
+    folder: str | Path,
+    *,
+    stop_ids: tuple[int, ...],
+    labels: Sequence[str],
+) -> None:
+    """Write `config.json` and the weights as transformers' AutoModelForSequenceClassification loads them.
+
+    That class finds a row's last token as the last one that is not `pad_token_id`, so a padding id that also
+    ends sequences would make it read one token early: the smallest id that is no stop token is written.
+
+    Args:
+        config: of the model.
+        tensors: its full state dict (`checkpoint.full_state` gathers it from all ranks).
+        folder: may hold tokenizer files already; made if it is not there.
+        stop_ids: the tokens that end a turn.
+        labels: what each score is, one name a row of the head.
+
+    Raises:
+        ValueError: not as many names as the head has rows.
+    """
+    if len(labels) != len(tensors[HEAD]):
+        raise ValueError(f"labels must name each of the {len(tensors[HEAD])} scores, got {list(labels)}")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_config(
+        config,
+        folder,
+        dtype=tensors[HEAD].dtype,
+        stop_ids=stop_ids,
+        architectures=["LlamaForSequenceClassification"],
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
+        pad_token_id=next(i for i in range(config.vocab_size) if i not in stop_ids),
+    )
+    write_tensors(tensors, Path(folder))
+
+
+def load_actor_critic(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> ActorCritic:
+    """Read a language model's folder into an `ActorCritic`, its value head at 0."""
+    policy = load_model(folder, dtype=dtype)
+    with torch.device("meta"):
+        model = ActorCritic(policy.config)
+    model.model, model.lm_head = policy.model, policy.lm_head  # a tied head stays tied
+    model.score = zero_head(policy.config, dtype=dtype)
+    return model
+
+
+def _only(scores: Tensor) -> Tensor:
+    """(B, T, 1) as (B, T)."""
+    if scores.shape[-1] != 1:
+        raise ValueError(f"values are those of a model with one score, this one has {scores.shape[-1]}")
+    return scores.squeeze(-1)
