@@ -1,0 +1,300 @@
+"""Distillation: a student learns from a teacher's text, from its distributions, or from them on its own text.
+
+    text       L = −(1/N) Σ_t log π_S(y_t)      y ~ π_T(·|x): the teacher's text, a black box          (F40)
+    logits     L = (1/N) Σ_t D(p_T, p_S) at t   y from the data                                   (F38, F39)
+    on-policy  L = (1/N) Σ_t D(p_T, p_S) at t   y ~ π_S(·|x), no gradient through the sampling    (F38, F39)
+
+p = softmax(z/τ); D is --divergence: forward KL(p_T‖p_S), reverse KL(p_S‖p_T) or jsd. N counts the tokens of
+a step's completions, prompts are masked out. --sft-weight α gives (1 − α) D − α log π_S(y_t), --hidden-weight
+adds the distance of the last hidden states under a learnt map that is thrown away in the end.
+
+    python train_distill.py --mode logits --model STUDENT --teacher TEACHER --data chats.jsonl
+    torchrun --nproc-per-node 8 train_distill.py --mode on-policy --model STUDENT --teacher TEACHER --data …
+
+Text of a teacher elsewhere needs no --teacher, but records that name theirs (`teacher`, `decoding`). kl is
+KL(p_T‖p_S) at τ = 1 whatever D is, seconds are without rollout_s. Memory: the teacher's logits are made for
+each micro-batch, never stored. Delta to GKD (Agarwal et al. 2024): no mixture of data and samples; τ²·D.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nanopost import checkpoint, config, distributed, losses, metrics, optim
+from nanopost.data.chat import copy_chat, load_chat, record_samples
+from nanopost.data.collate import collate
+from nanopost.data.order import step_indices
+from nanopost.data.schema import Record, Sample, read_jsonl
+from nanopost.evals.candidates import write_lines
+from nanopost.evals.teacher import check_tokenizers, fitting_prompts, name_teachers, text_lines, top_k_kl
+from nanopost.models.weights import load_config, load_model, random_model, save_model
+from nanopost.report import write_report
+from nanopost.rollout.sampler import row_uniforms, sample
+
+DIVERGENCES = {"forward": losses.forward_kl, "reverse": losses.reverse_kl, "jsd": losses.generalized_jsd}
+# What a mode reads besides the flags that all share, and the default there; every other one is refused.
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 256}
+SCORING = {"divergence": "forward", "kd_temperature": None, "hidden_weight": 0.0}
+READS: dict[str, dict[str, Any]] = {
+    "text": {"max_length": 0},
+    "text with a teacher": {"max_length": 0, "samples": 1, **SAMPLING},
+    "logits": {"max_length": 0, "sft_weight": 0.0, **SCORING},
+    "on-policy": {**SAMPLING, **SCORING, "divergence": "reverse"},
+    "forward": {"top_k_teacher": 0},
+    "jsd": {"jsd_beta": 0.5},
+}
+RANGES = {  # what a number must be, where it is read; the losses refuse the ends that they cannot have
+    "at least 1": ("batch_size micro_batch samples max_new_tokens", lambda x: x >= 1),
+    "at least 0": ("steps max_length top_k_teacher temperature hidden_weight", lambda x: x >= 0),
+    "above 0": ("epochs kd_temperature", lambda x: x > 0),
+    "between 0 and 1": ("top_p jsd_beta sft_weight", lambda x: 0 <= x <= 1),
+}
+
+
+# ---- 1 Configuration ---------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    mode: Literal["text", "logits", "on-policy"]  # what the student learns from
+    model: Path  # the student: folder in hub format to start from
+    data: Path  # JSONL: chats; with text and a teacher, and with on-policy, their prompts alone
+    teacher: Path | None = None  # folder in hub format; the same tokenizer unless the mode is text
+    out: Path = Path("runs/distill")  # run folder: metrics, the teacher's texts, states, model
+    eval_data: Path | None = None  # JSONL of held-out records
+    from_scratch: bool = False  # random weights of DIR's config.json instead of its model.safetensors
+    divergence: Literal["forward", "reverse", "jsd"] | None = None  # default: forward; on-policy: reverse
+    jsd_beta: float | None = None  # weight of the teacher in jsd's mixture; default: 0.5
+    kd_temperature: float | None = None  # τ, of both models; default: 1; on-policy: the sampler's temperature
+    top_k_teacher: int | None = None  # of forward: the teacher's K likeliest tokens; default: 0, all
+    hidden_weight: float | None = None  # of the hidden states' distance; default: 0, off
+    sft_weight: float | None = None  # α of logits, the share of the data's own tokens; default: 0
+    samples: int | None = None  # texts a prompt that the teacher writes; default: 1
+    temperature: float | None = None  # of the sampler, the teacher's in text, else the student's; default: 1
+    top_p: float | None = None  # of the sampler; default: 1, off
+    max_new_tokens: int | None = None  # completions are cut there; default: 256
+    epochs: float = 1.0  # passes over the data
+    steps: int = 0  # optimiser steps; above 0 it overrides epochs
+    batch_size: int = 32  # samples an optimiser step, over all ranks
+    micro_batch: int = 32  # samples a forward pass, on one rank
+    max_length: int | None = None  # longer samples are left out and counted; default: the models' context
+    lr: float = 1e-4  # peak learning rate
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"  # decay after the warm-up
+    warmup: int = 10  # steps of linear warm-up
+    final_lr: float = 0.1  # where the decay ends, as a share of lr
+    weight_decay: float = 0.0  # on matrices only
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    eval_every: int = 100  # steps between evaluations; 0: only at the end
+    save_every: int = 0  # steps between states to resume from; 0: only at the end
+    resume: bool = False  # go on from the newest state in OUT
+    seed: int = 0  # order of the data, the sampler's uniforms, random weights
+    threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
+
+
+def settle(cfg: Config) -> Config:
+    """The configuration with the mode's defaults put in; what nothing reads or is out of range is refused."""
+    if cfg.mode != "text" and cfg.teacher is None:
+        raise ValueError(f"teacher must be given with mode={cfg.mode}")
+    mode = "text with a teacher" if cfg.mode == "text" and cfg.teacher else cfg.mode
+    divergence = cfg.divergence or READS[mode].get("divergence", "none")
+    reads = READS[mode] | READS.get(divergence, {})
+    for name in sorted({name for table in READS.values() for name in table} - set(reads)):
+        if (value := getattr(cfg, name)) is not None:
+            raise ValueError(f"{name} must not be given: {mode}, {divergence} do not read it, got {value}")
+    cfg = replace(cfg, **{name: value for name, value in reads.items() if getattr(cfg, name) is None})
+    for rule, (names, holds) in RANGES.items():
+        for name in names.split():
+            if (value := getattr(cfg, name)) is not None and not holds(value):
+                raise ValueError(f"{name} must be {rule}, got {value}")
+    return cfg
+
+
+def main(cfg: Config) -> None:
+    # ---- 2 Process group, seeds, run directory -------------------------------------------------------------
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    distributed.setup()
+    device, ranks = distributed.device(), distributed.world_size()
+    cfg, chat, records = settle(cfg), load_chat(cfg.model), read_jsonl(cfg.data)
+    if cfg.batch_size % ranks:
+        raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the number of ranks ({ranks})")
+    decoding = {n: getattr(cfg, n) for n in (*SAMPLING, "samples", "seed")} if cfg.mode == "text" else {}
+    if cfg.mode != "text":
+        check_tokenizers(chat, load_chat(cfg.teacher))
+        if load_chat(cfg.teacher).template != chat.template:
+            distributed.main_print("the teacher reads the student's chat template, which is not its own")
+    env = {"template": chat.version, "teachers": name_teachers(cfg.teacher, records, decoding)}
+    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
+
+    # ---- 3 Task and data -----------------------------------------------------------------------------------
+    readers = [cfg.model, *([] if cfg.mode == "text" else [cfg.teacher])]
+    context = min(load_config(folder).max_position_embeddings for folder in readers)
+    longest = min(cfg.max_length or context, context)
+
+    def samples_of(records: list[Record]) -> list[Sample]:
+        every = [(record, sample) for record in records for sample in record_samples(chat, record)]
+        long = [(record, sample) for record, sample in every if len(sample.ids) > longest + 1]
+        if long:
+            record, sample = long[0]
+            first = f"first: {record.file}:{record.line}, {len(sample.ids)} tokens"
+            told = f"left out {len(long)} of {len(every)} samples over {longest} tokens"
+            distributed.main_print(f"{told} ({first})")
+        if len(long) == len(every):
+            raise ValueError(f"{records[0].file}: no sample of at most {longest} tokens")
+        return [sample for _, sample in every if len(sample.ids) <= longest + 1]
+
+    def draw(model: torch.nn.Module, stop_ids: tuple, prompts: list, step: int, size: int) -> list:
+        """`size` completions of each prompt of this rank's share."""
+        places, count = distributed.shard_rows(range(len(prompts))), cfg.max_new_tokens
+        uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
+        options = {"temperature": cfg.temperature, "top_p": cfg.top_p, "max_new_tokens": count}
+        options |= {"group_size": size, "stop_ids": stop_ids, "uniforms": uniforms}
+        with distributed.gathered(model), metrics.progress(range(len(uniforms)), desc="rollout") as bar:
+            return sample(model, [prompts[place] for place in places], finished=bar.update, **options)
+
+    def write_texts(path: Path) -> None:
+        """The teacher's answers to the data's prompts, each with its origin; then the teacher can go."""
+        model, speaker = distributed.shard(load_model(cfg.teacher).to(device)), load_chat(cfg.teacher)
+        prompts = fitting_prompts(speaker, records, model.config.max_position_embeddings - cfg.max_new_tokens)
+        done = draw(model, speaker.stop_ids, prompts, 0, cfg.samples)
+        mine = text_lines(speaker, distributed.shard_rows(records), done, env["teachers"][0])
+        lines = distributed.join_rows(mine)
+        if lost := lines.count(None):
+            distributed.main_print(f"left out {lost} of {len(lines)} texts: blank, or cut at max_new_tokens")
+        if distributed.is_main():
+            write_lines(path, [line for line in lines if line])
+        distributed.barrier()
+
+    def tasks_of(records: list[Record]) -> list:
+        """What a step draws from: samples, or on-policy the tokens of prompts."""
+        if cfg.mode != "on-policy":
+            return samples_of(records)
+        return fitting_prompts(chat, records, context - cfg.max_new_tokens)
+
+    if cfg.mode == "text" and cfg.teacher:
+        if not (cfg.resume and (run / "teacher.jsonl").exists()):
+            write_texts(run / "teacher.jsonl")
+        records = read_jsonl(run / "teacher.jsonl")
+    train, held_out = tasks_of(records), tasks_of(read_jsonl(cfg.eval_data)) if cfg.eval_data else []
+
+    # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
+    policy = random_model(cfg.model, seed=cfg.seed) if cfg.from_scratch else load_model(cfg.model)
+    teacher = None if cfg.mode == "text" else load_model(cfg.teacher).to(device).requires_grad_(False).eval()
+    hidden: dict[str, Tensor] = {}
+
+    def match(module: torch.nn.Module, _: object, states: Tensor) -> None:
+        """Behind the last norm, inside the forward pass: there every rank has the whole projection."""
+        if torch.is_grad_enabled():
+            hidden["values"] = losses.hidden_state_loss(states, hidden["teacher"], module.projection)
+
+    if cfg.hidden_weight:
+        widths = policy.config.hidden_size, teacher.config.hidden_size
+        start = torch.randn(widths, generator=torch.Generator().manual_seed(cfg.seed)) / widths[0] ** 0.5
+        policy.model.projection = torch.nn.Parameter(start)  # trained and saved along, not exported
+        policy.model.register_forward_hook(match)
+        teacher.model.register_forward_hook(lambda _, __, states: hidden.update(teacher=states))
+    policy, teacher = distributed.shard(policy.to(device)), teacher and distributed.shard(teacher)
+    optimizer = optim.adamw(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    first = checkpoint.load_state(run, policy, optimizer) if cfg.resume else 0
+    metrics.truncate(run, first)
+
+    # ---- 5 Schedules ---------------------------------------------------------------------------------------
+    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
+
+    def learning_rate(step: int) -> float:
+        warmup = min(cfg.warmup, steps)
+        shape = {"steps": steps, "warmup": warmup, "kind": cfg.schedule, "final": cfg.final_lr}
+        return cfg.lr * optim.schedule(step, **shape)
+
+    # ---- 6 Rollout -----------------------------------------------------------------------------------------
+    def micro_batches(step: int, tasks: list) -> tuple[list[list[Sample]], float]:
+        """This rank's samples of a step, on-policy what the student answers now; and all ranks' tokens."""
+        mine = distributed.shard_rows(tasks)
+        if cfg.mode == "on-policy":
+            mine = [rollout.sample for rollout in draw(policy, chat.stop_ids, tasks, step, 1)]
+        denom = distributed.all_sum(sum(sum(sample.mask) for sample in mine))
+        return [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)], denom
+
+    # ---- 7 Evaluation --------------------------------------------------------------------------------------
+    # On-policy both are compared at the temperature the student samples at (greedy: 1).
+    knobs = {"temperature": cfg.kd_temperature or cfg.temperature or 1.0}
+    knobs |= {"beta": cfg.jsd_beta} if cfg.divergence == "jsd" else {}
+    knobs |= {"k": cfg.top_k_teacher} if cfg.top_k_teacher else {}
+    divergence = top_k_kl if cfg.top_k_teacher else DIVERGENCES.get(cfg.divergence)
+    names = ("loss",) if teacher is None else ("loss", "kl", "agreement")
+
+    def measure(samples: list[Sample], total: dict[str, float], denom: float) -> Tensor:
+        """A micro-batch's share of the loss; what the line tells of its tokens is added to `total`."""
+        batch = collate(samples, device=device)
+        ids, mask = (batch.input_ids, batch.position_ids), batch.completion_mask
+        if teacher is None:
+            logps = policy.logps(batch.input_ids, batch.target_ids, position_ids=batch.position_ids)
+            seen = {"loss": (values := losses.sft_loss(logps))}
+        else:
+            with torch.no_grad():
+                teacher_logits = teacher(*ids)
+            logits = policy(*ids)
+            values = divergence(logits, teacher_logits, **knobs)
+            if cfg.sft_weight:
+                nll = losses.sft_loss(losses.token_logps(logits, batch.target_ids))
+                values = (1 - cfg.sft_weight) * values + cfg.sft_weight * nll
+            if cfg.hidden_weight and torch.is_grad_enabled():
+                values = values + cfg.hidden_weight * hidden["values"]
+            seen = {"loss": values, "kl": losses.forward_kl(logits.detach(), teacher_logits)}
+            seen["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float()
+        for name in names:
+            total[name] += float(seen[name].detach()[mask].double().sum()) / denom
+        return losses.aggregate(values, mask, mode="token_mean", denom=denom)
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        """The line's means on held-out records, without the hidden states; on-policy on its answers."""
+        total = dict.fromkeys(names, 0.0)
+        parts, denom = micro_batches(steps, held_out)
+        with distributed.gathered(torch.nn.ModuleList(filter(None, (policy, teacher)))):
+            for part in metrics.progress(parts, desc="evaluate"):
+                measure(part, total, denom)
+        return {f"eval_{name}": value for name, value in distributed.all_sum(total).items()}
+
+    # ---- 8 The loop ----------------------------------------------------------------------------------------
+    distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}")
+    for step in range(first, steps):
+        start = time.perf_counter()
+        optim.set_lr(optimizer, learning_rate(step))
+        indices = step_indices(seed=cfg.seed, step=step, batch_size=cfg.batch_size, size=len(train))
+        parts, denom = micro_batches(step, [train[i] for i in indices])
+        rollout_s = time.perf_counter() - start
+        total = dict.fromkeys(names, 0.0)
+        for part in metrics.progress(parts, desc="train"):
+            measure(part, total, denom).backward()
+        grad_norm = optim.clip_grad_norm(policy, cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        last = step + 1 == steps
+        line = distributed.all_sum(total) | {"lr": learning_rate(step), "grad_norm": grad_norm}
+        line |= {"tokens": int(denom), "seconds": time.perf_counter() - start - rollout_s}
+        line |= {"length": denom / cfg.batch_size, "rollout_s": rollout_s} if cfg.mode == "on-policy" else {}
+        if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+            line |= evaluate()
+        metrics.write_record(run, step, line)
+        distributed.main_print(metrics.format_line(step, steps, line))
+        if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+            checkpoint.save_state(run, step + 1, policy, optimizer)
+
+    # ---- 9 Teardown ----------------------------------------------------------------------------------------
+    weights = checkpoint.full_state(policy)  # every rank helps to gather
+    if distributed.is_main():
+        weights.pop("model.projection", None)
+        with checkpoint.atomic_folder(run / "model") as folder:
+            copy_chat(cfg.model, folder)
+            save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
+        page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
+        print(f"model: {run / 'model'}\nreport: {page}")
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    main(config.parse(Config))
