@@ -1,14 +1,14 @@
 """Group relative policy optimisation: sample G answers a prompt, score them, push each against its group.
 
     A_i = r_i − mean(r₁…r_G)                   baseline: the group (F21; others: F22, F23, F24)
-    ρ_t = exp(log π_θ(y_t) − log π_old(y_t))   ratio: one a token (F27), or one a sequence (F32)
+    ρ_t = exp(log π_θ(y_t) − log π_old(y_t))   ratio: how much likelier the token has become (F27, F32)
     L   = (1/N) Σ_i Σ_t −min(ρ_t A_i, clip(ρ_t, 1−ε_low, 1+ε_high) A_i) + β·KL(π_θ ‖ π_ref)   (F27, F29, F30)
 
 π_old is the sampler, under the very distribution it sampled from; a verifier gives r. --loss NAME is a row of
-the table of variants: `python -m nanopost.losses.variants` prints GRPO, Dr. GRPO, DAPO, GSPO, RLOO, CISPO, …
+the table of variants: `python -m nanopost.losses.variants` prints PPO, GRPO, Dr. GRPO, DAPO, GSPO, RLOO, …
 
     python train_grpo.py --model runs/sft/model --data gsm8k/train.jsonl --verifier gsm8k --out runs/grpo
-    torchrun --nproc-per-node 8 train_grpo.py --model runs/sft/model --data gsm8k/train.jsonl --verifier gsm8k
+    torchrun --nproc-per-node 8 …   the same on eight GPUs
 
 Delta to DeepSeekMath (Shao et al. 2024, eq. 3), which is --loss grpo: no division by the group's standard
 deviation, a mean over all tokens of the step instead of one per answer, a wider upper clip and no KL term.
@@ -16,8 +16,10 @@ deviation, a mean over all tokens of the step instead of one per answer, a wider
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -30,14 +32,7 @@ from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
 from nanopost.evals.rollouts import completion_logps, rollout_record, trace
-from nanopost.losses import (
-    aggregate,
-    informative_groups,
-    kl_estimate,
-    local_denom,
-    overlong_penalty,
-    policy_ratio,
-)
+from nanopost.losses import aggregate, kl_estimate, local_denom, overlong_penalty, policy_ratio
 from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
 from nanopost.models.weights import load_config, load_model, save_model
 from nanopost.report import write_report
@@ -94,13 +89,11 @@ def main(cfg: Config) -> None:
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
     variant = choose(cfg.loss, clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta)
-    if variant.baseline == "critic":
-        raise ValueError(f"loss={cfg.loss} needs a critic, which this script has not")
     least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
     least |= {"group_size": 2 - (variant.baseline in ("none", "batch")), "resample": 0, "overlong_cache": 0}
     for name, low in least.items():
-        if getattr(cfg, name) < low:
-            raise ValueError(f"{name} must be at least {low} with loss={cfg.loss}, got {getattr(cfg, name)}")
+        if vars(cfg)[name] < low:
+            raise ValueError(f"{name} must be at least {low} with loss={variant.name}, got {vars(cfg)[name]}")
     if cfg.overlong_cache > cfg.max_new_tokens:
         raise ValueError(f"overlong_cache={cfg.overlong_cache} exceeds max_new_tokens={cfg.max_new_tokens}")
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
@@ -111,7 +104,7 @@ def main(cfg: Config) -> None:
     run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
-    verify = VERIFIERS[cfg.verifier]
+    verify = VERIFIERS.get(cfg.verifier)
     longest = load_config(cfg.model).max_position_embeddings
 
     def task_of(record: Record) -> Task:
@@ -133,9 +126,10 @@ def main(cfg: Config) -> None:
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_model(cfg.model).to(device))
+    trained = policy  # what the optimiser moves and a state holds
     reference = distributed.shard(load_model(cfg.ref_model or cfg.model).to(device).requires_grad_(False))
-    optimizer = optim.adamw(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    first = checkpoint.load_state(run, policy, optimizer) if cfg.resume else 0
+    optimizer = optim.adamw(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    first = checkpoint.load_state(run, trained, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)
 
     # ---- 5 Schedules ---------------------------------------------------------------------------------------
@@ -145,26 +139,35 @@ def main(cfg: Config) -> None:
         return cfg.lr * optim.schedule(step, **shape)
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
-    scope = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
+    scope, count = {"temperature": cfg.temperature}, cfg.max_new_tokens
+    scope |= {"top_k": cfg.top_k, "top_p": cfg.top_p}
 
     def rollout(step: int, tasks: list[Task], places: list[int], size: int, scope: dict) -> list[tuple]:
         """`size` (record, rollout, text, verdict) a task; `places` number the tasks of a step, over ranks."""
-        sampled, count = size - (traces and size > 1), cfg.max_new_tokens
-        uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=sampled, count=count)
-        options = {"stop_ids": chat.stop_ids, "max_new_tokens": count, "slots": cfg.slots}
-        options |= {"group_size": sampled, "uniforms": uniforms, **scope}
-        bar = metrics.progress(range(len(tasks) * sampled), desc="rollout")
+        size -= (given := traces and size > 1)  # the last answer of a group is the record's own
+        uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
+        options = {"stop_ids": chat.stop_ids, "max_new_tokens": count, "uniforms": uniforms, **scope}
+        options |= {"slots": cfg.slots}
+        bar = metrics.progress(range(len(tasks) * size), desc="rollout")
         with distributed.gathered(policy):
-            done = iter(sample(policy, [ids for ids, _ in tasks], finished=bar.update, **options))
+            prompts = [ids for ids, _ in tasks]
+            done = iter(sample(policy, prompts, group_size=size, finished=bar.update, **options))
         bar.close()
         start, judged = time.perf_counter(), []
-        for ids, record in metrics.progress(tasks, desc="verify"):
-            for k in range(size):
-                r = next(done) if k < sampled else trace(chat, record, ids, longest=longest)
+        for _, record in metrics.progress(tasks, desc="verify"):
+            answers = list(islice(done, size))
+            answers += [trace(chat, record, answers[0].prompt_ids, longest=longest)] if given else []
+            for r in answers:
                 text = decode(chat, r.completion_ids)
                 judged.append((record, r, text, verify(text, record.answer)))
         clock["verify_s"] += time.perf_counter() - start
         return judged
+
+    def draw(step: int, places: list[int]) -> dict[int, list[tuple]]:
+        """What the policy answers to the prompts at these places of a step's batch, a group a place."""
+        chosen = step_indices(seed=cfg.seed, step=step, batch_size=cfg.prompts_per_step, size=len(train))
+        rows = rollout(step, [train[chosen[place]] for place in places], places, size, scope)
+        return {place: rows[n * size : (n + 1) * size] for n, place in enumerate(places)}
 
     # ---- 7 Evaluation --------------------------------------------------------------------------------------
     def evaluate(step: int) -> dict[str, float]:
@@ -184,7 +187,7 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps")
-    if "group" in variant.baseline:
+    if variant.surrogate == "clip":
         distributed.main_print("loss is near 0, its gradient is not: advantages sum to 0; watch the reward")
     size, clock, part_size = cfg.group_size, {}, cfg.prompts_per_step // cfg.minibatches
     updates = [range(i * part_size, (i + 1) * part_size) for i in range(cfg.minibatches)]  # places of each
@@ -193,19 +196,13 @@ def main(cfg: Config) -> None:
         start, clock["verify_s"] = time.perf_counter(), 0.0
         optim.set_lr(optimizer, learning_rate(step))
         places = [place for update in updates for place in distributed.shard_rows(update)]
-        groups, waiting = {}, list(range(len(places)))  # a group's number -> its samples; groups to draw
-        for attempt in range(1 + cfg.resample):
-            draw = step + attempt * cfg.steps  # a further draw takes its prompts from a later epoch
-            chosen = step_indices(seed=cfg.seed, step=draw, batch_size=cfg.prompts_per_step, size=len(train))
-            tasks = [train[chosen[places[i]]] for i in waiting]
-            drawn = rollout(draw, tasks, [places[i] for i in waiting], size, scope)
-            groups |= {i: drawn[n * size : (n + 1) * size] for n, i in enumerate(waiting)}
-            samples = [row for i in range(len(places)) for row in groups[i]]
-            rewards = torch.tensor([verdict.score for *_, verdict in samples], dtype=torch.float64)
-            informative = informative_groups(rewards, group_size=size)[::size].tolist()
-            waiting = [i for i, kept in enumerate(informative) if not kept]
-            if not distributed.all_sum(len(waiting)):
-                break
+        groups = draw(step, places)
+        for attempt in range(1 + cfg.resample):  # groups of equal rewards give way to a later epoch's prompts
+            waiting = [place for place, rows in groups.items() if len({row[-1].score for row in rows}) == 1]
+            if attempt < cfg.resample and distributed.all_sum(len(waiting)):
+                groups |= draw(step + (attempt + 1) * cfg.steps, waiting)
+        samples = [row for rows in groups.values() for row in rows]
+        rewards = torch.tensor([verdict.score for *_, verdict in samples], dtype=torch.float64)
         clock["rollout_s"] = time.perf_counter() - start - clock["verify_s"]
 
         old_logps, completions = [r.old_logps for _, r, *_ in samples], [r.sample for _, r, *_ in samples]
@@ -219,7 +216,7 @@ def main(cfg: Config) -> None:
         advantages = token_advantages(variant, rewards, *padded, mask, **options)
         advantages = [row[kept] for row, kept in zip(advantages, mask, strict=True)]
 
-        sums, norms = dict.fromkeys(("loss", "clipped", "kl_old", "kl_ref", "tokens"), 0.0), []
+        sums, norms = Counter(), []
         share = len(samples) // cfg.minibatches
         for update in range(cfg.minibatches):
             rows = range(update * share, (update + 1) * share)
@@ -233,23 +230,24 @@ def main(cfg: Config) -> None:
                 logps = policy.logps(*ids, position_ids=batch.position_ids, **scope)
                 per_token = (old_logps, ref_logps, advantages)
                 old, ref, pull = (spread([x[i] for i in part], mask).to(logps) for x in per_token)
-                sampled = own[part].to(device)
-                values = policy_values(variant, logps, old, ref, pull, mask, traces=~sampled)
+                values = policy_values(variant, logps, old, ref, pull, mask, traces=~own[part].to(device))
                 loss = aggregate(values, mask, mode=variant.aggregation, denom=denom)
                 loss.backward()
                 with torch.no_grad():
-                    seen, ratio = mask & sampled[:, None], policy_ratio(logps, old, mask, level=variant.ratio)
-                    sums["loss"] += float(loss) / cfg.minibatches
-                    sums["clipped"] += float(clip_holds(variant, ratio, pull)[seen].sum())
-                    sums["kl_old"] += float(kl_estimate(old, logps, kind="k3")[seen].sum())
-                    sums["kl_ref"] += float(kl_estimate(logps, ref, kind="k3")[seen].sum())
-                    sums["tokens"] += float(seen.sum())
+                    ratio = policy_ratio(logps, old, mask, level=variant.ratio)
+                    mask = mask & own[part, None].to(device)
+                    sums["loss"] += float(loss)
+                    sums["clipped"] += float(clip_holds(variant, ratio, pull)[mask].sum())
+                    sums["kl_old"] += float(kl_estimate(old, logps, kind="k3")[mask].sum())
+                    sums["kl_ref"] += float(kl_estimate(logps, ref, kind="k3")[mask].sum())
+                    sums["tokens"] += float(mask.sum())
             norms.append(optim.clip_grad_norm(policy, cfg.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         clock["train_s"] = time.perf_counter() - start - clock["rollout_s"] - clock["verify_s"]
 
-        ours = [(r, verdict) for (_, r, _, verdict), kept in zip(samples, own, strict=True) if kept]
+        ours = [(r, verdict) for _, r, _, verdict in samples]
+        ours = [row for row, kept in zip(ours, own, strict=True) if kept]
         names = ours[0][1].parts
         totals = distributed.all_sum(
             {
@@ -257,25 +255,27 @@ def main(cfg: Config) -> None:
                 "waiting": len(waiting),
                 "reward": sum(verdict.score for _, verdict in ours),
                 "stopped": sum(r.finish_reason == "stop" for r, _ in ours),
+                "length": sum(len(r.completion_ids) for r, _ in ours),
                 "entropy": sum(float(r.entropies.sum()) for r, _ in ours),
                 **{f"part {name}": sum(verdict.parts[name] for _, verdict in ours) for name in names},
                 **sums,
             }
         )
         line = {
-            **{name: totals[name] / totals["rows"] for name in ("reward", "stopped")},
+            "reward": totals["reward"] / totals["rows"],
+            **{name: totals[f"part {name}"] / totals["rows"] for name in names},
+            **{name: totals[name] / totals["rows"] for name in ("stopped", "length")},
             "no_signal": totals["waiting"] / cfg.prompts_per_step,
-            "length": totals["tokens"] / totals["rows"],
-            **{name: totals[name] / totals["tokens"] for name in ("clipped", "entropy", "kl_old", "kl_ref")},
-            "loss": totals["loss"],
+            "entropy": totals["entropy"] / totals["length"],
+            **{name: totals[name] / totals["tokens"] for name in ("clipped", "kl_old", "kl_ref")},
+            "loss": totals["loss"] / len(norms),
             "grad_norm": max(norms),
             **clock,
         }
         last = step + 1 == cfg.steps
         if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
             line |= evaluate(step)
-        shares = {name: totals[f"part {name}"] / totals["rows"] for name in names}
-        metrics.write_record(run, step, {**shares, **line, "lr": learning_rate(step)})
+        metrics.write_record(run, step, {**line, "lr": learning_rate(step)})
         line = {name: value for name, value in line.items() if name.removeprefix("eval_") not in names}
         distributed.main_print(metrics.format_line(step, cfg.steps, line))
         if last or (cfg.rollouts_every and step % cfg.rollouts_every == 0):
@@ -283,7 +283,7 @@ def main(cfg: Config) -> None:
             told = [rollout_record(chat, *row, mean) for row, mean in zip(samples, means, strict=True)]
             metrics.write_rollouts(run, step, told)
         if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            checkpoint.save_state(run, step + 1, policy, optimizer)
+            checkpoint.save_state(run, step + 1, trained, optimizer)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights = checkpoint.full_state(policy)  # every rank helps to gather

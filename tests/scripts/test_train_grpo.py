@@ -11,34 +11,17 @@ from safetensors.torch import load_file
 
 from nanopost import metrics
 from nanopost.losses.variants import VARIANTS
+from tests.digits import digit_policy, write_lines
 from tests.ranks import run_script
 from tests.tiny import hub_folder
 
 TIMES = ("rollout_s", "verify_s", "train_s")
 
 
-def write_lines(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> tuple[Path, Path]:
-    """A model that fine-tuning has taught to say 3 or 7, at random, and prompts whose answer is 7."""
-    folder = tmp_path_factory.mktemp("grpo")
-    words = ["add", "one", "two", "to", "a", "hello"]
-    prompts = [{"role": "user", "content": f"{a} {b}"} for a in words for b in words]
-    chats = [
-        {"messages": [prompt, {"role": "assistant", "content": digit}]}
-        for prompt in prompts
-        for digit in "37"
-    ]
-    data = write_lines(folder / "sft.jsonl", chats)
-    command = ["train_sft.py", "--model", hub_folder(folder / "hub"), "--data", data, "--out", folder / "sft"]
-    flags = ["--steps", "60", "--batch-size", "24", "--lr", "1e-2", "--warmup", "5", "--threads", "1"]
-    run_script([*map(str, command), *flags], ranks=1)
-    tasks = [{"messages": [prompt], "answer": "7"} for prompt in prompts]
-    return folder / "sft/model", write_lines(folder / "rl.jsonl", tasks)
+    """A model that says 3 or 7, at random, and prompts whose answer is 7."""
+    return digit_policy(tmp_path_factory.mktemp("grpo"))
 
 
 def train(start: tuple[Path, Path], out: Path, *flags: str, ranks: int = 1) -> str:

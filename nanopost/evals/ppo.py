@@ -1,0 +1,193 @@
+"""What PPO needs beyond GRPO: a critic beside the policy, its values, a reward model's scores."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanopost.data.chat import Chat, copy_chat, load_chat
+from nanopost.data.collate import collate
+from nanopost.data.schema import Record, Sample
+from nanopost.evals.rollouts import completion_scores
+from nanopost.evals.verifier import Verifier
+from nanopost.models.heads import (
+    HEAD,
+    ActorCritic,
+    ScoreModel,
+    load_actor_critic,
+    load_score_model,
+    save_score_model,
+)
+from nanopost.models.llama import Llama, LlamaConfig
+from nanopost.models.weights import load_model
+from nanopost.rewards.verdict import Verdict
+from nanopost.rollout.types import Rollout
+
+Judged = tuple[Record, Rollout, str, Verdict]  # a completion, its text and what was said of it
+
+
+def load_scorer(folder: str | Path, chat: Chat) -> ScoreModel:
+    """A reward model or a critic with one score, which reads a policy's token ids.
+
+    Args:
+        folder: of a score model, or of a language model: its head is then 0.
+        chat: the policy's.
+
+    Raises:
+        ValueError: its tokenizer is not the policy's, so that the same ids are other text; it has more than
+            one score; what `load_score_model` refuses.
+    """
+    if load_chat(folder).tokenizer.to_str() != chat.tokenizer.to_str():
+        raise ValueError(
+            f"{folder}: its tokenizer is not that of {chat.folder}, so it would read other text; train a "
+            f"score model that starts from a model with the policy's tokenizer (train_reward.py --model DIR)"
+        )
+    return load_score_model(folder, labels=1)
+
+
+def load_pair(
+    folder: str | Path, critic: str | Path | None, chat: Chat
+) -> tuple[Llama | ActorCritic, ScoreModel | ActorCritic]:
+    """Policy and critic.
+
+    Args:
+        folder: of the language model that the policy starts as.
+        critic: None: a trunk of its own, which starts as the policy's; a folder: as that score model, or as
+            that language model; "shared": the policy's trunk. A head that no folder has starts at 0.
+        chat: the policy's.
+
+    Returns:
+        Two models, or one and the same twice when the trunk is shared.
+
+    Raises:
+        ValueError: as `load_scorer`.
+    """
+    if critic == "shared":
+        both = load_actor_critic(folder)
+        return both, both
+    return load_model(folder), load_scorer(critic or folder, chat)
+
+
+def together(policy: nn.Module, critic: nn.Module, *, beta: float) -> nn.ModuleDict:
+    """What the optimiser moves and a state holds: both models, and β, which a controller may steer."""
+    both = nn.ModuleDict({"policy": policy, "critic": critic})
+    both.register_buffer("beta", torch.tensor(beta, dtype=torch.float64))
+    return both
+
+
+def parted(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of `together` as those of a language model and those of a score model."""
+    policy, critic = (
+        {name.removeprefix(key): tensor for name, tensor in weights.items() if name.startswith(key)}
+        for key in ("policy.", "critic.")
+    )
+    if not critic:  # a shared trunk is told once, as the policy's
+        critic = {name: tensor for name, tensor in policy.items() if name != "lm_head.weight"}
+    return {name: tensor for name, tensor in policy.items() if name != HEAD}, critic
+
+
+def save_critic(
+    config: LlamaConfig, weights: dict[str, Tensor], folder: Path, *, chat: Path, stop_ids: tuple[int, ...]
+) -> None:
+    """A folder that `load_score_model` and --critic read; `chat` is the folder to copy the tokenizer from."""
+    copy_chat(chat, folder)
+    save_score_model(config, weights, folder, stop_ids=stop_ids, labels=["value"])
+
+
+@torch.no_grad()
+def completion_values(
+    critic: ScoreModel | ActorCritic, samples: Sequence[Sample], *, micro_batch: int = 64
+) -> list[Tensor]:
+    """The critic's value of each state in which a supervised token was chosen, on the CPU, in order.
+
+    V_t is read at the position that predicts token t, before the token is seen; no temperature touches it.
+
+    Args:
+        critic: with one score. Over several processes each must have as many samples as the others.
+        samples: ids and mask, as a rollout has them.
+        micro_batch: samples a forward pass; samples alike in length share one, which changes nothing else.
+
+    Returns:
+        One tensor a sample, as long as its mask has ones.
+    """
+    ranked = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
+    device, values = next(critic.parameters()).device, dict[int, Tensor]()
+    for part in (ranked[i : i + micro_batch] for i in range(0, len(ranked), micro_batch)):
+        batch = collate([samples[i] for i in part], device=device)
+        mask = batch.completion_mask
+        read = critic.values(batch.input_ids, position_ids=batch.position_ids)
+        values |= zip(part, read[mask].cpu().split(mask.sum(dim=1).tolist()), strict=True)
+    return [values[i] for i in range(len(samples))]
+
+
+def critic_metrics(
+    values: Sequence[Tensor], returns: Sequence[Tensor], *, total: Callable[[float], float] = float
+) -> dict[str, float]:
+    """How well the critic foresaw a rollout, over all tokens of the step.
+
+        value_loss = mean ½(V − G)²        explained_variance = 1 − Var(G − V) / Var(G)
+
+    Args:
+        values: V, one tensor a sample, as they were before the step.
+        returns: G, of the same lengths.
+        total: sums a number over processes (`distributed.all_sum`).
+
+    Returns:
+        Both by name. The second is 1 for a perfect critic, 0 for one that says the same of every state, below
+        0 for a worse one; and 0 where the returns do not vary: there is nothing to explain.
+    """
+    target, error = (torch.cat(list(part)).double() for part in (returns, values))
+    error = target - error
+    count = total(float(len(target)))
+
+    def variance(x: Tensor) -> float:
+        return total(float((x - total(float(x.sum())) / count).square().sum())) / count
+
+    loss, spread, missed = 0.5 * total(float(error.square().sum())) / count, variance(target), variance(error)
+    return {"value_loss": loss, "explained_variance": 1.0 - missed / spread if spread > 0.0 else 0.0}
+
+
+def rewarded(verify: Verifier | None, *, reward_model: Path | None) -> Verifier:
+    """The verifier of a run whose reward a reward model may give: its own score then is a part, `verified`.
+
+    Args:
+        verify: None where there is none; a verdict has no parts then and its score is the reward model's.
+        reward_model: None where there is none.
+
+    Raises:
+        ValueError: neither is given. The verifier returned raises it for an answer that is None.
+    """
+    if verify is None and reward_model is None:
+        raise ValueError("verifier or reward_model must be given: nothing else tells a good answer")
+
+    def judge(completion: str, answer: Any) -> Verdict:
+        if verify is None:
+            return Verdict(0.0, {}, "no verifier: the score is the reward model's")
+        if answer is None:
+            raise ValueError("no answer to verify against")
+        verdict = verify(completion, answer)
+        if reward_model is None:
+            return verdict
+        return replace(verdict, parts={"verified": verdict.score, **verdict.parts})
+
+    return judge
+
+
+def rescored(rows: Sequence[Judged], model: ScoreModel, *, micro_batch: int = 64) -> list[Judged]:
+    """The same completions with a reward model's score in their verdicts; all else stays.
+
+    Args:
+        rows: may be empty: a process without a share of an evaluation has none.
+        model: as from `load_scorer`; it reads prompt and completion, stop token included.
+        micro_batch: completions a forward pass.
+    """
+    if not rows:
+        return []
+    scores = completion_scores(model, [r.sample.ids for _, r, *_ in rows], micro_batch=micro_batch)
+    return [
+        (record, r, text, replace(verdict, score=score))
+        for (record, r, text, verdict), score in zip(rows, scores.squeeze(1).tolist(), strict=True)
+    ]

@@ -1,0 +1,120 @@
+"""What PPO needs beyond GRPO: values before the token, their metrics, rewards of a model, weights parted."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nanopost.data.schema import Record, Sample
+from nanopost.evals.ppo import (
+    completion_values,
+    critic_metrics,
+    load_pair,
+    load_scorer,
+    parted,
+    rescored,
+    rewarded,
+    together,
+)
+from nanopost.models.heads import ScoreModel, load_score_model
+from nanopost.rewards.verdict import Verdict
+from nanopost.rollout.types import Rollout
+from tests.chat_fixtures import make_chat
+from tests.tiny import TINY, hub_folder
+
+
+@pytest.fixture
+def critic() -> ScoreModel:
+    torch.manual_seed(0)
+    model = ScoreModel(TINY).double()
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+def sample_of(prompt: int, completion: int) -> Sample:
+    ids = torch.randint(23, (prompt + completion,), generator=torch.Generator().manual_seed(prompt))
+    return Sample(tuple(ids.tolist()), (False,) * prompt + (True,) * completion)
+
+
+def test_a_value_is_read_before_its_token_and_padding_changes_nothing(critic):
+    samples = [sample_of(3, 2), sample_of(1, 9), sample_of(5, 1), sample_of(2, 4)]
+    for micro_batch in (1, 2, 4):
+        values = completion_values(critic, samples, micro_batch=micro_batch)
+        for sample, value in zip(samples, values, strict=True):
+            first = sample.mask.index(True)
+            alone = critic(torch.tensor([sample.ids]))[0, :, 0]
+            torch.testing.assert_close(value, alone[first - 1 : -1], rtol=0, atol=1e-12)
+    changed = dataclasses.replace(samples[0], ids=(*samples[0].ids[:-1], 22 - samples[0].ids[-1]))
+    before, after = (completion_values(critic, [sample])[0] for sample in (samples[0], changed))
+    assert torch.equal(before, after)  # the last token is chosen after the last value is read
+
+
+def test_critic_metrics_by_hand():
+    values = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    returns = [torch.tensor([1.0, 4.0]), torch.tensor([4.0])]
+    told = critic_metrics(values, returns)
+    assert told["value_loss"] == pytest.approx(0.5 * (0 + 4 + 1) / 3)
+    assert told["explained_variance"] == pytest.approx(1 - (2 / 3) / 2)  # errors 0, 2, 1; returns 1, 4, 4
+    assert critic_metrics(returns, returns) == {"value_loss": 0.0, "explained_variance": 1.0}
+    assert critic_metrics([torch.zeros(3)], [torch.ones(3)]) == {"value_loss": 0.5, "explained_variance": 0.0}
+
+
+def test_what_a_critic_starts_from(tmp_path):
+    folder = hub_folder(tmp_path / "hub")
+    chat = make_chat(tmp_path / "chat")
+    policy, critic = load_pair(folder, None, chat)
+    ids = torch.tensor([[3, 1, 4]])
+    assert torch.equal(policy.model(ids, None, None, None), critic.model(ids, None, None, None))
+    assert policy.model is not critic.model and not critic.values(ids).any()
+    policy, critic = load_pair(folder, "shared", chat)
+    assert policy is critic and not critic.values(ids).any()
+    with pytest.raises(
+        ValueError, match=r"header: its tokenizer is not that of .*chat, so it would read other"
+    ):
+        load_scorer(make_chat(tmp_path / "header", "header").folder, chat)
+
+
+@pytest.mark.parametrize("start", [None, "shared"])
+def test_weights_part_into_a_policy_and_a_critic(tmp_path, start):
+    folder = hub_folder(tmp_path / "hub")
+    both = together(*load_pair(folder, start, make_chat(tmp_path / "chat")), beta=0.5)
+    state = {name: tensor for name, tensor in both.state_dict().items()}
+    if start == "shared":  # as `checkpoint.full_state` tells a tensor once, under its first name
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("critic.")}
+    policy, critic = parted(state)
+    assert policy.keys() == load_pair(folder, None, make_chat(tmp_path / "c"))[0].state_dict().keys()
+    assert critic.keys() == load_score_model(folder).state_dict().keys()
+    assert both.state_dict()["beta"].dtype == torch.float64
+
+
+def exact(completion: str, answer: str) -> Verdict:
+    return Verdict(float(completion == answer), {"right": float(completion == answer)}, "compared")
+
+
+def test_the_verifiers_score_is_a_part_where_a_reward_model_scores(tmp_path, critic):
+    assert rewarded(exact, reward_model=None)("a", "a") == exact("a", "a")
+    verdict = rewarded(exact, reward_model=tmp_path)("a", "b")
+    assert verdict.parts == {"verified": 0.0, "right": 0.0}
+    alone = rewarded(None, reward_model=tmp_path)("a", None)
+    assert not alone.parts and "no verifier" in alone.reason
+    with pytest.raises(ValueError, match="no answer to verify against"):
+        rewarded(exact, reward_model=tmp_path)("a", None)
+    assert rewarded(exact, reward_model=None)("0", 0).score == 0.0  # an answer of 0 is an answer
+    with pytest.raises(ValueError, match="verifier or reward_model must be given"):
+        rewarded(None, reward_model=None)
+
+
+def test_only_the_score_changes_when_rows_are_rescored(critic):
+    record = Record(file="f", line=1, messages=(), answer="a", text=None, meta={})
+    nothing = torch.zeros(1)
+    rollouts = [
+        Rollout((3, 1), (4,), nothing, nothing, "stop"),
+        Rollout((5,), (9, 2, 6), nothing, nothing, "stop"),
+    ]
+    rows = [(record, r, "a", exact("a", "a")) for r in rollouts]
+    told = rescored(rows, critic, micro_batch=2)
+    for (_, r, text, verdict), row in zip(told, rows, strict=True):
+        expected = critic(torch.tensor([r.sample.ids]))[0, -1, 0].item()
+        assert verdict.score == pytest.approx(expected, abs=1e-5) and verdict.score != 1.0
+        assert (r, text, verdict.parts, verdict.reason) == (*row[1:3], row[3].parts, row[3].reason)
+    assert rescored([], critic) == []

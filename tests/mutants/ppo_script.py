@@ -1,0 +1,128 @@
+"""The bugs of other projects' PPO, put back into train_ppo.py and what it stands on."""
+
+from tests.mutants.mutant import Mutant
+
+SCRIPT, PPO, ROLLOUTS = "train_ppo.py", "nanopost/evals/ppo.py", "nanopost/evals/rollouts.py"
+VARIANTS, OPTIM = "nanopost/losses/variants.py", "nanopost/optim.py"
+TESTS = "tests/scripts/test_train_ppo.py"
+HAND = f"{TESTS}::test_a_step_is_ppo_written_out_by_hand"
+
+MUTANTS = [
+    Mutant(
+        name="temperature-on-the-critics-values",
+        source="slime#1928",
+        story="The values are divided by the sampler's temperature, as if they were logits.",
+        file=SCRIPT,
+        before="guess = critic.values(batch.input_ids, position_ids=batch.position_ids)",
+        after="guess = critic.values(batch.input_ids, position_ids=batch.position_ids) / cfg.temperature",
+        killer=HAND,
+    ),
+    Mutant(
+        name="values-read-after-the-token",
+        source="verl#3287",
+        story="The baseline has seen the token it is the baseline of.",
+        file=PPO,
+        before="read = critic.values(batch.input_ids, position_ids",
+        after="read = critic.values(batch.target_ids, position_ids",
+        killer="tests/evals/test_ppo.py::test_a_value_is_read_before_its_token_and_padding_changes_nothing",
+    ),
+    Mutant(
+        name="whitened-a-minibatch-at-a-time",
+        source="prime-rl#1188",
+        story="Each minibatch is centred on its own mean: what all of it did well is lost.",
+        file=SCRIPT,
+        before="policy_values(variant, logps, old, ref, pull, mask)",
+        after="policy_values(variant, logps, old, ref, whiten(pull, mask), mask)",
+        killer=HAND,
+    ),
+    Mutant(
+        name="whitened-by-each-rank-alone",
+        source="AReaL#1346",
+        story="With another number of processes it is another step.",
+        file=SCRIPT,
+        before="whiten(advantages, mask, total=distributed.all_sum)",
+        after="whiten(advantages, mask)",
+        killer=f"{TESTS}::test_micro_batches_and_ranks_change_nothing[own-flags0]",
+    ),
+    Mutant(
+        name="whitened-with-the-padding",
+        source="OpenRLHF#1250",
+        story="The zeros of short rows are part of mean and spread.",
+        file=SCRIPT,
+        before="whiten(advantages, mask, total",
+        after="whiten(advantages, torch.ones_like(mask), total",
+        killer=HAND,
+    ),
+    Mutant(
+        name="score-on-a-pad-token",
+        source="trl#3750",
+        story="The score lands on the last column: short rows never see theirs.",
+        file=VARIANTS,
+        before="kl_shaped_rewards(rewards, old_logps, ref_logps, mask,",
+        after="kl_shaped_rewards(rewards, old_logps, ref_logps, torch.ones_like(mask),",
+        killer=HAND,
+    ),
+    Mutant(
+        name="reward-of-zero-is-missing",
+        source="OpenRLHF#1219",
+        story="A wrong answer counts as one that was not scored and gets a middling reward.",
+        file=SCRIPT,
+        before="torch.tensor([verdict.score for *_, verdict in samples]",
+        after="torch.tensor([verdict.score or 0.5 for *_, verdict in samples]",
+        killer=f"{TESTS}::test_the_first_line_shows_zeros",
+    ),
+    Mutant(
+        name="answers-of-other-prompts",
+        source="open-instruct#1484",
+        story="Prompts and true answers are put into order separately.",
+        file=SCRIPT,
+        before='metrics.progress(tasks, desc="verify")',
+        after='metrics.progress(tasks[::-1], desc="verify")',
+        killer=HAND,
+    ),
+    Mutant(
+        name="reward-model-reads-the-padding",
+        source="transformers#35352",
+        story="The score of a short completion is read behind its end.",
+        file=ROLLOUTS,
+        before="model.scores(input_ids, lengths)",
+        after="model.scores(input_ids, torch.full_like(lengths, input_ids.shape[1]))",
+        killer="tests/evals/test_ppo.py::test_only_the_score_changes_when_rows_are_rescored",
+    ),
+    Mutant(
+        name="old-values-of-this-pass",
+        source="Huang et al. 2022, The 37 Implementation Details of PPO",
+        story="The clip is around the value just computed, so it never holds.",
+        file=SCRIPT,
+        before="value_loss(guess, before, target,",
+        after="value_loss(guess, guess.detach(), target,",
+        killer=HAND,
+    ),
+    Mutant(
+        name="critic-trained-on-advantages",
+        source="Huang et al. 2022, The 37 Implementation Details of PPO",
+        story="The critic is fitted to what it was wrong by, not to what came of it.",
+        file=SCRIPT,
+        before="for x in (old_values, returns))",
+        after="for x in (old_values, advantages))",
+        killer=HAND,
+    ),
+    Mutant(
+        name="controller-pushes-the-wrong-way",
+        source="Ziegler et al. 2019, §2.2",
+        story="The further the policy has gone, the lighter its leash.",
+        file=OPTIM,
+        before="kl / target - 1.0",
+        after="1.0 - kl / target",
+        killer="tests/test_optim.py::test_beta_is_steered_by_a_share_of_the_error_and_at_most_a_fiftieth",
+    ),
+    Mutant(
+        name="steered-beta-is-not-saved",
+        source="verl trainer/ppo/core_algos.py",
+        story="A resumed run starts again with the first weight of the KL.",
+        file=PPO,
+        before="torch.tensor(beta, dtype=torch.float64))",
+        after="torch.tensor(beta, dtype=torch.float64), persistent=False)",
+        killer=f"{TESTS}::test_resume_continues_bit_for_bit[cut-own]",
+    ),
+]

@@ -1,0 +1,300 @@
+"""Proximal policy optimisation: sample answers, score them, push each token against what a critic expected.
+
+    A_t = Σ_{s≥t} λ^{s−t} (R_s + V_{s+1} − V_s)   baseline: the critic (F25); R: −β·k1, and r at the end (F26)
+    ρ_t = exp(log π_θ(y_t) − log π_old(y_t))   ratio: how much likelier the token has become (F27, F32)
+    L   = (1/N) Σ_i Σ_t −min(ρ_t A_t, clip(ρ_t, 1−ε_low, 1+ε_high) A_t) + w·½(V_t − G_t)²,  G = A + V (F27–28)
+
+π_old is the sampler, under the very distribution it sampled from; a verifier or a reward model gives r. In
+the table of variants: `python -m nanopost.losses.variants` prints PPO, GRPO, Dr. GRPO, DAPO, GSPO, RLOO, …
+
+    python train_ppo.py --model runs/sft/model --data gsm8k/train.jsonl --verifier gsm8k --out runs/ppo
+    torchrun --nproc-per-node 8 …   the same on eight GPUs
+
+Delta to InstructGPT (Ouyang et al. 2022): A is whitened over the whole step, γ is 1, no pre-training term;
+the critic starts as the policy with a head of 0, not as the reward model (which is --critic DIR).
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from nanopost import checkpoint, config, distributed, metrics, optim
+from nanopost.data.chat import copy_chat, decode, load_chat, prompt_ids, prompt_messages
+from nanopost.data.collate import collate, spread
+from nanopost.data.order import step_indices
+from nanopost.data.schema import Record, read_jsonl
+from nanopost.evals import ppo
+from nanopost.evals.rollouts import completion_logps, rollout_record
+from nanopost.losses import aggregate, kl_estimate, local_denom, policy_ratio, value_loss, whiten
+from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
+from nanopost.models.weights import load_config, load_model, save_model
+from nanopost.report import write_report
+from nanopost.rewards.math import gsm8k, math_reward
+from nanopost.rollout.sampler import row_uniforms, sample
+from nanopost.worlds import ledger
+
+VERIFIERS = {"gsm8k": gsm8k, "math": math_reward, "ledger": ledger.verify}
+Task = tuple[list[int], Record]  # the prompt's tokens, and the record they come from
+
+
+# ---- 1 Configuration ---------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    model: Path  # folder in hub format to start from
+    data: Path  # JSONL of prompts with answers
+    verifier: Literal["gsm8k", "math", "ledger"] | None = None  # what scores a completion against the answer
+    reward_model: Path | None = None  # folder of train_reward.py: the score then, `verified` the verifier's
+    critic: Literal["shared"] | Path | None = None  # on the policy's trunk, or from DIR; default: from MODEL
+    out: Path = Path("runs/ppo")  # run folder: metrics, rollouts, states, model
+    eval_data: Path | None = None  # JSONL of held-out prompts, for greedy evaluation
+    ref_model: Path | None = None  # reference of the KL; default: the model started from
+    steps: int = 200  # rollout batches
+    prompts_per_step: int = 32  # prompts a rollout batch, over all ranks
+    group_size: int = 8  # samples a prompt
+    micro_batch: int = 64  # samples a forward pass, on one rank
+    epochs: int = 1  # passes over a rollout batch
+    minibatches: int = 1  # optimiser steps a rollout batch; above 1 the later ones are off-policy
+    max_new_tokens: int = 256  # completions are cut there
+    temperature: float = 1.0  # of the sampler, and of the trainer's log-probs
+    clip_low: float | None = None  # ε below: the ratio is clipped at 1 − ε; default: the row's
+    clip_high: float | None = None  # ε above: the ratio is clipped at 1 + ε; default: the row's
+    beta: float | None = None  # weight of the KL, which enters where the row says; default: the row's
+    kl_target: float = 0.0  # kl_ref that β is steered to, nats a token; 0: β stays
+    gae_lambda: float = 0.95  # 1: what came of it; 0: the critic's word for all but the next token
+    value_clip: float = 0.2  # values are clipped at ± so much around the rollout's; 0: off
+    value_weight: float = 0.5  # of the critic's loss beside the policy's
+    lr: float = 1e-6  # peak learning rate
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # decay after the warm-up
+    warmup: int = 0  # rollout batches of linear warm-up
+    final_lr: float = 0.1  # where the decay ends, as a share of lr
+    weight_decay: float = 0.0  # on matrices only
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    eval_every: int = 20  # rollout batches between evaluations; 0: only at the end
+    save_every: int = 0  # rollout batches between states to resume from; 0: only at the end
+    rollouts_every: int = 10  # rollout batches between those written (rank 0's share); 0: only the last
+    resume: bool = False  # go on from the newest state in OUT
+    seed: int = 0  # order of the prompts, and the sampler's uniforms
+    threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
+
+
+def main(cfg: Config) -> None:
+    # ---- 2 Process group, seeds, run directory -------------------------------------------------------------
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    distributed.setup()
+    device, ranks = distributed.device(), distributed.world_size()
+    variant = choose("ppo", critic=True, clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta)
+    least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
+    least |= {"group_size": 1, "epochs": 1, "kl_target": 0, "value_clip": 0, "value_weight": 0}
+    for name, low in least.items():
+        if vars(cfg)[name] < low:
+            raise ValueError(f"{name} must be at least {low} with loss={variant.name}, got {vars(cfg)[name]}")
+    if cfg.prompts_per_step % (ranks * cfg.minibatches):
+        shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
+        raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")
+    chat = load_chat(cfg.model)
+    run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
+
+    # ---- 3 Task and data -----------------------------------------------------------------------------------
+    verify = ppo.rewarded(VERIFIERS.get(cfg.verifier), reward_model=cfg.reward_model)
+    longest = load_config(cfg.model).max_position_embeddings
+
+    def task_of(record: Record) -> Task:
+        """The prompt's tokens; what cannot be sampled or verified is refused here, before the first step."""
+        try:
+            verify("", record.answer)
+            ids = prompt_ids(chat, prompt_messages(record))
+            if len(ids) > (room := longest - cfg.max_new_tokens):
+                raise ValueError(f"the prompt has {len(ids)} tokens, {room} leave room for max_new_tokens")
+        except ValueError as error:
+            raise ValueError(f"{record.file}:{record.line}: {error}") from error
+        return ids, record
+
+    train = [task_of(record) for record in read_jsonl(cfg.data)]
+    held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
+
+    # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
+    policy, critic = (distributed.shard(m.to(device)) for m in ppo.load_pair(cfg.model, cfg.critic, chat))
+    scorer = cfg.reward_model and distributed.shard(ppo.load_scorer(cfg.reward_model, chat).to(device))
+    trained = ppo.together(policy, critic, beta=variant.beta)  # what the optimiser moves and a state holds
+    reference = distributed.shard(load_model(cfg.ref_model or cfg.model).to(device).requires_grad_(False))
+    optimizer = optim.adamw(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    first = checkpoint.load_state(run, trained, optimizer) if cfg.resume else 0
+    metrics.truncate(run, first)
+
+    # ---- 5 Schedules ---------------------------------------------------------------------------------------
+    def learning_rate(step: int) -> float:
+        warmup = min(cfg.warmup, cfg.steps)
+        shape = {"steps": cfg.steps, "warmup": warmup, "kind": cfg.schedule, "final": cfg.final_lr}
+        return cfg.lr * optim.schedule(step, **shape)
+
+    # ---- 6 Rollout -----------------------------------------------------------------------------------------
+    scope, count = {"temperature": cfg.temperature}, cfg.max_new_tokens
+
+    def rollout(step: int, tasks: list[Task], places: list[int], size: int, scope: dict) -> list[tuple]:
+        """`size` (record, rollout, text, verdict) a task; `places` number the tasks of a step, over ranks."""
+        uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
+        options = {"stop_ids": chat.stop_ids, "max_new_tokens": count, "uniforms": uniforms, **scope}
+        bar = metrics.progress(range(len(tasks) * size), desc="rollout")
+        with distributed.gathered(policy):
+            prompts = [ids for ids, _ in tasks]
+            done = iter(sample(policy, prompts, group_size=size, finished=bar.update, **options))
+        bar.close()
+        start, judged = time.perf_counter(), []
+        for _, record in metrics.progress(tasks, desc="verify"):
+            answers = list(islice(done, size))
+            for r in answers:
+                text = decode(chat, r.completion_ids)
+                judged.append((record, r, text, verify(text, record.answer)))
+        if scorer:
+            with distributed.gathered(scorer):
+                judged = ppo.rescored(judged, scorer, micro_batch=cfg.micro_batch)
+        clock["verify_s"] += time.perf_counter() - start
+        return judged
+
+    def draw(step: int, places: list[int]) -> dict[int, list[tuple]]:
+        """What the policy answers to the prompts at these places of a step's batch, a group a place."""
+        chosen = step_indices(seed=cfg.seed, step=step, batch_size=cfg.prompts_per_step, size=len(train))
+        rows = rollout(step, [train[chosen[place]] for place in places], places, size, scope)
+        return {place: rows[n * size : (n + 1) * size] for n, place in enumerate(places)}
+
+    # ---- 7 Evaluation --------------------------------------------------------------------------------------
+    def evaluate(step: int) -> dict[str, float]:
+        """Greedy score, length and verdict parts on the held-out prompts."""
+        places = distributed.shard_rows(range(len(held_out)))
+        judged = rollout(step, [held_out[place] for place in places], places, 1, {"temperature": 0.0})
+        rollouts, verdicts = [r for _, r, _, _ in judged], [verdict for *_, verdict in judged]
+        parts = verify("", held_out[0][1].answer).parts  # their names
+        totals = distributed.all_sum(
+            {
+                "eval_reward": sum(verdict.score for verdict in verdicts),
+                "eval_length": sum(len(r.completion_ids) for r in rollouts),
+                **{f"eval_{name}": sum(verdict.parts[name] for verdict in verdicts) for name in parts},
+            }
+        )
+        return {name: total / len(held_out) for name, total in totals.items()}
+
+    # ---- 8 The loop ----------------------------------------------------------------------------------------
+    distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps")
+    if variant.surrogate == "clip":
+        distributed.main_print("loss is near 0, its gradient is not: advantages sum to 0; watch the reward")
+    size, clock, part_size = cfg.group_size, {}, cfg.prompts_per_step // cfg.minibatches
+    updates = [range(i * part_size, (i + 1) * part_size) for i in range(cfg.minibatches)]  # places of each
+    for step in range(first, cfg.steps):
+        start, clock["verify_s"] = time.perf_counter(), 0.0
+        optim.set_lr(optimizer, learning_rate(step))
+        places = [place for update in updates for place in distributed.shard_rows(update)]
+        groups = draw(step, places)
+        samples = [row for rows in groups.values() for row in rows]
+        rewards = torch.tensor([verdict.score for *_, verdict in samples], dtype=torch.float64)
+        clock["rollout_s"] = time.perf_counter() - start - clock["verify_s"]
+
+        old_logps, completions = [r.old_logps for _, r, *_ in samples], [r.sample for _, r, *_ in samples]
+        ref_logps = completion_logps(reference, completions, micro_batch=cfg.micro_batch, **scope)
+        padded = [pad_sequence(logps, batch_first=True) for logps in (old_logps, ref_logps)]
+        length = torch.tensor([len(logps) for logps in old_logps])
+        mask = torch.arange(int(length.max())) < length[:, None]
+        options = {"group_size": size, "total": distributed.all_sum}
+        old_values = ppo.completion_values(critic, completions, micro_batch=cfg.micro_batch)
+        options |= {"values": pad_sequence(old_values, batch_first=True), "gae_lambda": cfg.gae_lambda}
+        variant = replace(variant, beta=float(trained.beta))
+        advantages = token_advantages(variant, rewards, *padded, mask, **options)
+        returns = [row[: len(v)] + v for row, v in zip(advantages, old_values, strict=True)]
+        advantages = whiten(advantages, mask, total=distributed.all_sum)
+        advantages = [row[kept] for row, kept in zip(advantages, mask, strict=True)]
+
+        sums, norms = Counter(), []
+        share = len(samples) // cfg.minibatches
+        for update in list(range(cfg.minibatches)) * cfg.epochs:
+            rows = range(update * share, (update + 1) * share)
+            rows = sorted(rows, key=lambda i: len(completions[i].ids))  # alike in length: less padding
+            parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
+            batches = [collate([completions[i] for i in part], device=device) for part in parts]
+            counts = {"mode": variant.aggregation, "max_tokens": cfg.max_new_tokens}
+            denom = distributed.all_sum(sum(local_denom(b.completion_mask, **counts) for b in batches))
+            for part, batch in metrics.progress(list(zip(parts, batches, strict=True)), desc="train"):
+                mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
+                logps = policy.logps(*ids, position_ids=batch.position_ids, **scope)
+                per_token = (old_logps, ref_logps, advantages)
+                old, ref, pull = (spread([x[i] for i in part], mask).to(logps) for x in per_token)
+                values = policy_values(variant, logps, old, ref, pull, mask)
+                loss = aggregate(values, mask, mode=variant.aggregation, denom=denom)
+                loss.backward()
+                guess = critic.values(batch.input_ids, position_ids=batch.position_ids)
+                before, target = (spread([x[i] for i in part], mask).to(guess) for x in (old_values, returns))
+                errors = cfg.value_weight * value_loss(guess, before, target, clip=cfg.value_clip or None)
+                aggregate(errors, mask, mode=variant.aggregation, denom=denom).backward()
+                with torch.no_grad():
+                    ratio = policy_ratio(logps, old, mask, level=variant.ratio)
+                    sums["loss"] += float(loss)
+                    sums["clipped"] += float(clip_holds(variant, ratio, pull)[mask].sum())
+                    sums["kl_old"] += float(kl_estimate(old, logps, kind="k3")[mask].sum())
+                    sums["kl_ref"] += float(kl_estimate(logps, ref, kind="k3")[mask].sum())
+                    sums["tokens"] += float(mask.sum())
+            norms.append(optim.clip_grad_norm(policy, cfg.max_grad_norm))
+            optim.clip_grad_norm(critic, cfg.max_grad_norm)  # apart from the policy's
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        clock["train_s"] = time.perf_counter() - start - clock["rollout_s"] - clock["verify_s"]
+
+        ours = [(r, verdict) for _, r, _, verdict in samples]
+        names = ours[0][1].parts
+        totals = distributed.all_sum(
+            {
+                "rows": len(ours),
+                "reward": sum(verdict.score for _, verdict in ours),
+                "stopped": sum(r.finish_reason == "stop" for r, _ in ours),
+                "length": sum(len(r.completion_ids) for r, _ in ours),
+                "entropy": sum(float(r.entropies.sum()) for r, _ in ours),
+                **{f"part {name}": sum(verdict.parts[name] for _, verdict in ours) for name in names},
+                **sums,
+            }
+        )
+        line = {
+            "reward": totals["reward"] / totals["rows"],
+            **{name: totals[f"part {name}"] / totals["rows"] for name in names},
+            **{name: totals[name] / totals["rows"] for name in ("stopped", "length")},
+            "entropy": totals["entropy"] / totals["length"],
+            **{name: totals[name] / totals["tokens"] for name in ("clipped", "kl_old", "kl_ref")},
+            **ppo.critic_metrics(old_values, returns, total=distributed.all_sum),
+            "beta": variant.beta,
+            "loss": totals["loss"] / len(norms),
+            "grad_norm": max(norms),
+            **clock,
+        }
+        trained.beta.fill_(optim.steer_beta(variant.beta, line["kl_ref"], target=cfg.kl_target))
+        last = step + 1 == cfg.steps
+        if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
+            line |= evaluate(step)
+        metrics.write_record(run, step, {**line, "lr": learning_rate(step)})
+        names = {*names} - {"verified"}  # the parts that only the records tell
+        line = {name: value for name, value in line.items() if name.removeprefix("eval_") not in names}
+        distributed.main_print(metrics.format_line(step, cfg.steps, line))
+        if last or (cfg.rollouts_every and step % cfg.rollouts_every == 0):
+            means = [float(row.mean()) for row in advantages]
+            told = [rollout_record(chat, *row, mean) for row, mean in zip(samples, means, strict=True)]
+            metrics.write_rollouts(run, step, told)
+        if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+            checkpoint.save_state(run, step + 1, trained, optimizer)
+
+    # ---- 9 Teardown ----------------------------------------------------------------------------------------
+    weights, value_weights = ppo.parted(checkpoint.full_state(trained))  # every rank helps to gather
+    if distributed.is_main():
+        with checkpoint.atomic_folder(run / "model") as folder:
+            copy_chat(cfg.model, folder)
+            save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
+        with checkpoint.atomic_folder(run / "critic") as folder:
+            ppo.save_critic(policy.config, value_weights, folder, chat=cfg.model, stop_ids=chat.stop_ids)
+        page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
+        print(f"model: {run / 'model'}\nreport: {page}")
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    main(config.parse(Config))
