@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo demo-zero test test-deep lint clean
+.PHONY: demo demo-zero demo-ppo test test-deep lint clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -14,6 +14,9 @@ demo: $(STAMP)
 
 demo-zero: $(STAMP)
 	$(BIN)/python recipes/demo/recipe.py --zero
+
+demo-ppo: $(STAMP)
+	$(BIN)/python recipes/demo/ppo.py
 
 test test-deep: export OMP_NUM_THREADS = 1
 

@@ -7,14 +7,16 @@ from tests.mutants.mutant import ROOT, Mutant
 
 PAGE = ROOT / "docs" / "bug-museum.md"
 WIDTH = 160  # characters of code in an exhibit
+OWN = "our own"  # the source of a mutant that no other project is known to have had
 ROOMS = sorted(path.stem for path in (ROOT / "tests" / "mutants").glob("*.py") if path.stem != "mutant")
 HEAD = """# The bug museum
 
-{count} bugs that other projects have had, each put back into this one on purpose, and the test that notices.
-`tests/test_mutants.py` patches a copy of the project with one of them at a time, runs the test named here,
-and asks that it fails. An exhibit has three lines: its name and where the bug was seen, what it looks like in
-our code (long lines around the change alone), what it does and which test catches it. Sources are
-repository#number; a bare name is a project or an author where the class of bug was seen.
+{theirs} bugs that other projects have had and {ours} of our own making, each put into this one on purpose,
+and the test that notices. `tests/test_mutants.py` patches a copy of the project with one of them at a time,
+runs the test named here, and asks that it fails. An exhibit has three lines: its name and where the bug was
+seen, what it looks like in our code (long lines around the change alone), what it does and which test catches
+it. Sources are repository#number; a bare name is a project or an author where the class of bug was seen;
+"our own" is a bug of nobody else's that we know of.
 
 Written by `python -m tests.museum` from `tests/mutants/`; a test holds the two together.
 """
@@ -53,7 +55,8 @@ def exhibit(mutant: Mutant) -> str:
 
 def page() -> str:
     rooms = mutants()
-    parts = [HEAD.format(count=sum(map(len, rooms.values())))]
+    own = [mutant.source == OWN for found in rooms.values() for mutant in found]
+    parts = [HEAD.format(theirs=own.count(False), ours=own.count(True))]
     for room, found in rooms.items():
         parts += [f"## {room.replace('_', ' ').capitalize()}\n", *map(exhibit, found)]
     return "\n".join(parts)

@@ -47,7 +47,8 @@ FLOORS: dict[str, set[str]] = {
     "rollout": {"models", "kernels", "losses", "data.schema"},
     "evals": {"rollout", "models", "kernels", "losses", "rewards", "data"},
     "worlds": {"data", "rewards"},
-    "report": {"metrics"},
+    "report_figures": set(),
+    "report": {"metrics", "report_figures"},
 }
 RECIPES = {"evals", "data", "rewards", "worlds"}
 # Third-party packages by room; what is not named here is free to use the core dependencies.
@@ -60,7 +61,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 HEAVY = ("triton", "tyro", "tokenizers", "matplotlib", "jinja2", "transformers", "safetensors", "llguidance")
 # Rooms that hold tensors and no text: there even a one-dimensional [1:] is a shift.
 TENSOR_ROOMS = ("losses", "models", "rollout", "kernels")
-BEHAVIOUR = ("Module", "Function")  # torch's: the only base classes; and the KV cache
+BEHAVIOUR = ("Module", "Function", "Llama")  # torch's, and our decoder; and the KV cache
 SCALARS = {"int", "float", "str", "bool", "Path", "None", "Literal", "tuple"}
 
 SKIPPED = {".venv", ".git", "runs", "build", "dist"}

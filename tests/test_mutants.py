@@ -5,6 +5,7 @@ line of the killer are asked for: a mutant that merely breaks an import or the c
 `-k losses` runs the mutants of one room, `-k NAME` a single one.
 """
 
+import re
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,3 +80,12 @@ def test_killers_pass_unpatched(outcomes: dict[str, Future[Outcome]]) -> None:
 
 def test_the_museum_shows_every_mutant() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "docs/bug-museum.md is stale: python -m tests.museum"
+
+
+def test_the_museum_counts_our_own_bugs_apart() -> None:
+    """An exhibit says its source behind its name; the heading's two counts are those of the exhibits."""
+    sources = re.findall(r"^\*\*.*\*\* \((.*)\)  $", page(), re.MULTILINE)
+    ours = sources.count("our own")
+    assert len(sources) == len(MUTANTS) and 0 < ours < len(sources)
+    assert f"\n{len(sources) - ours} bugs that other projects have had and {ours} of our own" in page()
+    assert not [source for source in sources if "our own" in source and source != "our own"]

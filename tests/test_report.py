@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy
 import pytest
 
-from nanopost import metrics, report
+from nanopost import metrics, report, report_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 VOID = {"meta", "input", "br", "link", "img"}
@@ -155,6 +156,21 @@ def sft_run(folder: Path, steps: int = 3) -> Path:
     return folder
 
 
+def run_of(folder: Path, records: list[dict[str, Any]], evaluation: dict[str, Any] | None = None) -> Path:
+    metrics.open_run(folder, Config(), env={}, resume=False)
+    for step, values in enumerate(records):
+        metrics.write_record(folder, step, values)
+    if evaluation:
+        (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    return folder
+
+
+def ppo_record(step: int, **more: float) -> dict[str, Any]:
+    values = {"reward": 0.5 * step, "verified": 0.75 - step / 8, "exact": 0.5, "stopped": 1.0, "length": 9.0}
+    values |= {"entropy": 0.1, "clipped": 0.0, "kl_old": 0.0, "kl_ref": 0.125 * step, "loss": 0.0, "lr": 1e-4}
+    return values | {"value_loss": 0.25, "explained_variance": 0.5, "beta": 0.25, "grad_norm": 1.0} | more
+
+
 def demo(folder: Path, **changes: Any) -> Path:
     sft_run(folder / "base")
     rl_run(folder / "grpo", worked=0.5)
@@ -257,6 +273,146 @@ def test_a_demo_shows_its_runs_and_the_answers_of_each_stage_to_one_prompt(demo_
     )
     assert demo_page.texts["pre"] == ["two↵\nor three", '"><script>alert("x")</script>␀\u202e']
     assert [text[:5].strip() for text in demo_page.texts["dt"] if "exact" in text] == ["base✗", "grpo✓"]
+
+
+# ---- other kinds of run
+
+
+COMMON = {"lr": 1e-4, "grad_norm": 1.0, "tokens": 9, "seconds": 0.5}
+
+
+def seen(path: Path, title: str) -> str:
+    """What a reader sees over the figure of that title."""
+    page = Page(report.write_report(path))
+    return next(" ".join(text.split()) for text in page.texts["figcaption"] if text.strip().startswith(title))
+
+
+def test_a_ppo_run_shows_where_score_and_verifier_part(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", [ppo_record(s, eval_reward=1.0, eval_verified=0.5) for s in range(3)])
+    metrics.write_rollouts(run, 2, [row(1, 0.5, ["a", ""]), row(1, -0.5, ["b", ""])])
+    page = Page(report.write_report(run))
+    titles = ["Reward and verified", "The same, held out", "Exact", "Length", "KL to the reference", "β"]
+    titles += ["Critic's loss", "Explained variance", "Entropy", "KL to the sampler", "Gradient norm"]
+    assert page.titles == [*titles, "Surrogate loss", "Clipped", "Stopped", "Learning rate"]
+    both = seen(run, "Reward and verified")
+    assert both.endswith("reward model 0 → 1 verifier 75% → 50%")  # each on its own scale
+    drawing = re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)[0]
+    labels = re.findall(r'<text style="([^"]*)"[^>]*>([^<]+)</text>', drawing)
+    colours = {text: re.findall(r"var\(--\w+\)", style) for style, text in labels}
+    assert colours["100%"] == ["var(--two)"] and colours["1"] == ["var(--one)"]
+    assert "than the critic expected" in page.source and "without signal" not in page.source
+
+
+def test_ppo_with_a_verifier_alone_has_one_reward(tmp_path: Path) -> None:
+    records = [{k: v for k, v in ppo_record(s).items() if k != "verified"} for s in range(3)]
+    assert Page(report.write_report(run_of(tmp_path / "run", records))).titles[:2] == ["Reward", "Exact"]
+
+
+def test_a_preference_run_lays_both_changes_on_one_figure(tmp_path: Path) -> None:
+    values = {"loss": 0.5, "margin": 1.0, "accuracy": 0.75, "chosen_change": -1.0, "rejected_change": -3.0}
+    values |= {"kl_ref": 0.1}
+    records = [values | COMMON, {**values, **COMMON, "chosen_change": -2.0, "eval_accuracy": 0.5}]
+    run = run_of(tmp_path / "run", records)
+    page = Page(report.write_report(run))
+    assert page.titles == ["Loss", "Margin", "Accuracy", "Change of log-prob", "KL to the reference",
+                           "Learning rate", "Gradient norm", "Time", "Tokens"]  # fmt: skip
+    assert seen(run, "Change of log-prob").endswith("chosen −1 → −2 rejected −3 → −3")
+    assert seen(run, "Accuracy").endswith("training 75% → 75% held out 50% → 50%")
+    assert "preference optimisation" in page.source
+
+
+def test_a_distillation_run(tmp_path: Path) -> None:
+    values = {"loss": 2.0, "kl": 1.5, "agreement": 0.25, "length": 9.0, "rollout_s": 1.0, **COMMON}
+    page = Page(report.write_report(run_of(tmp_path / "run", [values, values | {"eval_kl": 1.0}])))
+    assert page.titles[:4] == ["Loss", "KL(teacher ‖ student)", "Agreement", "Length"]
+    assert page.titles[4:] == ["Learning rate", "Gradient norm", "Time", "Time", "Tokens"]
+
+
+BINS = [{"from": 0.0, "to": 0.5, "pairs": 8, "wins": 4.5, "expected": 4.5},
+        {"from": 0.5, "to": 2.0, "pairs": 0, "wins": 0.0, "expected": 0.0},
+        {"from": 2.0, "to": None, "pairs": 4, "wins": 3.75, "expected": 3.75}]  # fmt: skip
+
+
+def test_a_reward_run_shows_calibration_audit_and_what_length_decides(tmp_path: Path) -> None:
+    values = {"loss": 0.7, "accuracy": 0.5, "margin": 0.0, **COMMON}
+    last = values | {"eval_accuracy": 0.625, "eval_audit_<short>": 0.5}
+    found = {"step": 2, "labels": "pairs", "audit_note": "n", "pairs": 12, "accuracy": 0.625, "elo": 17.5}
+    found |= {"length_correlation": None, "accuracy_chosen_shorter": 0.75, "pairs_chosen_shorter": 4}
+    found |= {"calibration": BINS, "audit": {"<short>": {"pairs": 8, "accuracy": 0.5}}}
+    run = run_of(tmp_path / "run", [values, last], found)
+    page = Page(report.write_report(run))
+    assert page.titles[:5] == ["Loss", "Accuracy", "Margin", "Learning rate", "Gradient norm"]
+    assert page.titles[5].startswith("Calibration: lead from 0 to 0.5: 8 pairs, 56% right, 56% expected;")
+    assert "eval_audit" not in "".join(page.titles)  # told by the table alone
+    facts = " ".join(page.texts["dl"][1].split())
+    assert facts == ("Pairs 12 Accuracy 62.5% Lead in Elo points 17.5 Correlation of score and length – "
+                     "… where the better is shorter 75.0% of 4")  # fmt: skip
+    counts = " ".join(page.texts["table"][0].split())
+    assert counts == "category pairs accuracy <short> 8 50.0%"
+
+
+def points_of(drawing: str, colour: str) -> list[tuple[float, float]]:
+    """The corners of the line of that colour, in units of the drawing."""
+    paths = re.findall(r'<path d="([^"]+)"[^>]*style="([^"]*)"', drawing.replace("\n", " "))
+    line = next(d for d, style in paths if f"stroke: var(--{colour})" in style and "fill: none" in style)
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ?([\d.]+) ([\d.]+)", line)]
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_calibrated_bins_lie_on_the_curve(shift: float) -> None:
+    bins = [{**b, "wins": b["wins"] + shift * (b["pairs"] > 0)} for b in BINS]
+    drawing = report_figures.calibration(bins, "c")
+    curve, counted = points_of(drawing, "two"), points_of(drawing, "one")
+    assert len(counted) == 2 and all(f">{n}<" in drawing for n in (8, 4)) and ">0.5<" in drawing
+    for x, y in counted:
+        due = float(numpy.interp(x, *zip(*curve, strict=True)))
+        # matplotlib leaves out corners within 1/9 of a point, which is a unit; down is more.
+        assert abs(y - due) < 0.25 if shift == 0 else y - due > 10.0
+
+
+def test_ratings_are_told_attribute_by_attribute(tmp_path: Path) -> None:
+    found: dict[str, Any] = {"step": 1, "labels": "attributes", "audit_note": "", "answers": 5, "loss": 1.25}
+    for part, value in (("rated", 4), ("error", 0.5), ("spread", 0.75), ("length_correlation", None)):
+        found |= {f"{part}_helpfulness": value}
+    run = run_of(tmp_path / "run", [{"loss": 1.5, "error": 1.0, **COMMON}], found)
+    page = Page(report.write_report(run))
+    assert page.titles[:2] == ["Loss", "Error"]
+    table = " ".join(page.texts["table"][0].split())
+    assert table.endswith("correlation with length helpfulness 4 0.5 0.75 –")
+
+
+def test_what_nothing_names_shares_a_figure_with_its_held_out_self(tmp_path: Path) -> None:
+    records = [ppo_record(0, json=1.0, eval_json=0.5, eval_other=1.0), ppo_record(1)]
+    titles = Page(report.write_report(run_of(tmp_path / "run", records))).titles
+    assert titles[-3:] == ["eval_other", "json", "Learning rate"]
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    run_of(tmp_path / "a", [ppo_record(s) for s in range(4)])
+    run_of(tmp_path / "b", [ppo_record(s, reward=0.125) for s in range(3)])
+    figures = [{"key": "reward", "against": "kl_ref", "runs": ["a", "b"]}]
+    figures += [{"key": "verified", "against": "step", "runs": ["b", "a"]}]
+    runs = [{"name": n, "folder": n} for n in "ab"]
+    summary = {"title": "T", "intro": "", "machine": "m", "seconds": 1, "stages": STAGES, "runs": runs}
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"figures": figures}), encoding="utf-8")
+    page = Page(report.write_report(tmp_path))
+    assert [a["id"] for t, a in page.tags if t == "section"] == [
+        "stages",
+        "answers",
+        "compared",
+        "run-0",
+        "run-1",
+    ]
+    captions = [" ".join(text.split()) for text in page.texts["figcaption"][:2]]
+    assert captions[0] == "Reward model's score mean of a sample, against KL a 0 → 1.5 b 0.125 → 0.125"
+    assert captions[1] == "Verifier's score mean of a sample, by step b 75% → 50% a 75% → 38%"
+    faults = [({"runs": ["c"]}, "figures: no run 'c'"), ({"runs": ["a", "b", "a", "b"]}, "at most 3 runs")]
+    faults += [({"key": "x"}, "run 'a' has no step with 'x'")]
+    for wrong, message in faults:
+        text = json.dumps(summary | {"figures": [figures[0] | wrong]})
+        (tmp_path / "summary.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            report.write_report(tmp_path)
 
 
 # ---- what it never does

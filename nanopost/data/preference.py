@@ -12,7 +12,8 @@ A line says what it is by its keys:
 
 and a group of candidates
 
-    {"prompt", "candidates": [{"text", "score", "correct", "tokens", "reason", "source"}, ...], "answer"}
+    {"prompt", "candidates": [{"text", "score", "correct", "tokens", "reason", "source", "cut"}, ...],
+     "answer"}
     {"question", "ground_truth", MODEL: {"solution", "is_correct"}, ...}   GSM8K's published solutions
 
 A prompt string is one user turn, a completion string one assistant turn. The fields of Provenance are read

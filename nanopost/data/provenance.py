@@ -22,6 +22,7 @@ KIND_OF_FIELD = dict.fromkeys([*NAMED, *(field.name for field in fields(Candidat
     "sampling": OBJECT,
     "score": NUMBER,
     "correct": FLAG,
+    "cut": FLAG,
     "tokens": COUNT,
 }
 

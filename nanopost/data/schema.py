@@ -70,6 +70,7 @@ class Candidate:
     tokens: int | None = None  # its length, stop token included
     reason: str | None = None
     source: str | None = None  # the model it is from, where a group has several
+    cut: bool | None = None  # at the sampler's limit, without a stop token; None counts as not cut
 
 
 @dataclass(frozen=True)

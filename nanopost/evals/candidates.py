@@ -87,7 +87,7 @@ def sample_groups(
             depend on the place of their prompt in `records`, on nothing else.
     Returns: one group a record, in order; the record's other keys are in its `meta`. A completion cut at
         `max_new_tokens` is never right, whatever the verifier reads in it: the model did not end it there.
-        Its score stays the verifier's, its reason says that it was cut.
+        Its score stays the verifier's, its reason says that it was cut, and no rule keeps or chooses it.
     Raises: ValueError `file:line: ...` for a record without an answer, or one that cannot be verified or
         rendered; before anything is sampled.
     """
@@ -164,11 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.groups_out:
         write_lines(arguments.groups_out, [group_line(group) for group in groups])
     everything = [candidate for group in groups for candidate in group.candidates]
-    right, blank = sum(c.correct is True for c in everything), sum(not c.text.strip() for c in everything)
-    seconds = time.perf_counter() - start
+    right, seconds = sum(bool(c.correct and not c.cut) for c in everything), time.perf_counter() - start
     print(f"{len(groups)} groups, {len(everything)} candidates, {right} of them right, {seconds:.1f} s")
-    if blank:
+    if blank := sum(not c.text.strip() for c in everything):
         print(f"{blank} candidates are blank: they stay in their groups and are in no record")
+    if cut := sum(bool(c.cut) for c in everything):
+        print(f"{cut} candidates are cut: they are never right, never chosen and never kept")
     kept, dropped = informative(groups, drop=arguments.drop)
     for name, number in dropped.items():
         print(f"dropped by {name}: {number} groups")
@@ -219,6 +220,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for one, other in (("out", "rule"), ("sft_out", "keep")):
         if (one in given) != (other in given):
             parser.error(f"--{one.replace('_', '-')} and --{other} come together")
+    for one, other in (("margin", "out"), ("pairs_per_group", "out"), ("threshold", "keep best")):
+        if one in given and other not in (*given, f"keep {arguments.keep}"):
+            parser.error(f"--{one.replace('_', '-')} is for --{other}")
     if taken := [path for path in outs if path.exists() or outs.count(path) > 1]:
         parser.error(f"{taken[0]} is there already or given twice: choose another name")
     return argparse.Namespace(**{name: given.get(name, default) for name, (_, default, _) in FLAGS.items()})
@@ -239,7 +243,7 @@ def _candidate(chat: Chat, verify: Verifier, rollout: Rollout, answer: Any) -> C
     text, tokens = decode(chat, rollout.completion_ids), len(rollout.completion_ids)
     verdict, cut = verify(text, answer), rollout.finish_reason == "length"
     reason = f"cut at {tokens} tokens; {verdict.reason}" if cut else verdict.reason
-    return Candidate(text, verdict.score, is_right(verdict) and not cut, tokens, reason)
+    return Candidate(text, verdict.score, is_right(verdict) and not cut, tokens, reason, cut=cut)
 
 
 if __name__ == "__main__":

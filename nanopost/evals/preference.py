@@ -19,7 +19,7 @@ def judge(first: Candidate, second: Candidate) -> float:
     """1 if the first completion wins, 0 if the second does, ½ for a tie.
 
     Right beats wrong. Of two right ones the one with fewer tokens wins, and equal lengths tie. Two wrong
-    ones tie, however long they are.
+    ones tie, however long they are. What was cut is never right.
 
     Raises: ValueError for a completion that was not judged, or two right ones without a length.
 
@@ -28,8 +28,9 @@ def judge(first: Candidate, second: Candidate) -> float:
     """
     if first.correct is None or second.correct is None:
         raise ValueError("both completions need `correct`: nobody has judged them")
-    if not (first.correct and second.correct):
-        return (1 + first.correct - second.correct) / 2
+    right, other = first.correct and not first.cut, second.correct and not second.cut
+    if not (right and other):
+        return (1 + right - other) / 2
     if first.tokens is None or second.tokens is None:
         raise ValueError("two right completions are told apart by `tokens`, and one has none")
     return (1 + (first.tokens < second.tokens) - (first.tokens > second.tokens)) / 2

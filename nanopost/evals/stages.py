@@ -3,13 +3,15 @@
 The same prompts, seeds and lengths for every stage, so that rows of a table differ by the model alone.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanopost.data.chat import Chat, decode, load_chat, prompt_ids, prompt_messages
-from nanopost.data.schema import Record
+from nanopost.data.schema import Candidate, Record
 from nanopost.evals.accuracy import mean_length, rate, refusal_precision, refusal_recall
+from nanopost.evals.preference import head_to_head
 from nanopost.evals.rollouts import completion_logps
 from nanopost.models.llama import Llama
 from nanopost.models.weights import load_model
@@ -62,37 +64,49 @@ def stage_row(
         folder: the model, in hub format.
         records: prompts with answers.
         verify: gives the parts json, exact, worked, refused and due.
-        previous: the folder of the stage before, for the KL; None for the first stage.
+        previous: the folder of the stage before, for KL and win rates; None for the first stage. Both models
+            share template and tokenizer.
         max_new_tokens: completions are cut there.
         seed: of the sampled completions.
     Returns:
         strict_json, exact_sampled, refusal_precision, refusal_recall, worked and mean_length of completions
-        sampled at temperature 1; exact_greedy; kl to the previous stage, nats a completion, None without
-        one; and the first sampled completions under "samples". refusal_precision is None when the model
-        refused nothing.
+        sampled at temperature 1; exact_greedy; against the previous stage, None without one: kl in nats a
+        completion, win_rate and length_controlled_win_rate of sampled completions (`preference.judge`);
+        parameters; tokens_per_second of the sampling, counted in processor time so that what else runs on
+        the machine does not matter; and the first sampled completions under "samples". refusal_precision is
+        None when the model refused nothing.
     Raises:
         ValueError: a folder that cannot be read; no prompt whose refusal is due.
     """
     model, chat = load_model(folder), load_chat(folder)
     settings = {"max_new_tokens": max_new_tokens, "seed": seed}
-    greedy = complete(model, chat, records, temperature=0.0, **settings)
+    greedy = judged(chat, records, complete(model, chat, records, temperature=0.0, **settings), verify)
+    start = time.process_time()
     sampled = complete(model, chat, records, temperature=1.0, **settings)
-
-    def verdicts(rollouts: Sequence[Rollout]) -> list[Verdict]:
-        texts = [decode(chat, rollout.completion_ids) for rollout in rollouts]
-        return [verify(text, record.answer) for text, record in zip(texts, records, strict=True)]
-
-    found = verdicts(sampled)
+    seconds = time.process_time() - start
+    found = judged(chat, records, sampled, verify)
+    kl = win_rate = controlled = None
+    if previous is not None:
+        before = load_model(previous)
+        kl = sequence_kl(before, sampled)
+        theirs = complete(before, chat, records, temperature=1.0, **settings)
+        others = judged(chat, records, theirs, verify)
+        duel = head_to_head(candidates(chat, sampled, found), candidates(chat, theirs, others))
+        win_rate, controlled = duel["win_rate"], duel["length_controlled_win_rate"]
     refused = any(verdict.parts["refused"] for verdict in found)
     return {
         "strict_json": rate(found, "json"),
-        "exact_greedy": rate(verdicts(greedy), "exact"),
+        "exact_greedy": rate(greedy, "exact"),
         "exact_sampled": rate(found, "exact"),
         "refusal_precision": refusal_precision(found) if refused else None,
         "refusal_recall": refusal_recall(found),
         "worked": rate(found, "worked"),
         "mean_length": mean_length(sampled),
-        "kl": None if previous is None else sequence_kl(load_model(previous), sampled),
+        "kl": kl,
+        "win_rate": win_rate,
+        "length_controlled_win_rate": controlled,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens_per_second": sum(len(rollout.completion_ids) for rollout in sampled) / seconds,
         "samples": [
             {
                 "prompt": record.messages[-1].content,
@@ -102,3 +116,26 @@ def stage_row(
             for record, rollout, verdict in list(zip(records, sampled, found, strict=True))[:8]
         ],
     }
+
+
+def judged(
+    chat: Chat, records: Sequence[Record], rollouts: Sequence[Rollout], verify: Verifier
+) -> list[Verdict]:
+    """What the verifier says of one completion a record."""
+    texts = [decode(chat, rollout.completion_ids) for rollout in rollouts]
+    return [verify(text, record.answer) for text, record in zip(texts, records, strict=True)]
+
+
+def candidates(chat: Chat, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> list[Candidate]:
+    """Judged completions as `preference.judge` reads them; right is the verdict's part exact."""
+    return [
+        Candidate(
+            text=decode(chat, rollout.completion_ids),
+            score=verdict.score,
+            correct=verdict.parts["exact"] == 1,
+            tokens=len(rollout.completion_ids),
+            reason=verdict.reason,
+            cut=rollout.finish_reason == "length",
+        )
+        for rollout, verdict in zip(rollouts, verdicts, strict=True)
+    ]

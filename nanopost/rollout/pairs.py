@@ -3,10 +3,12 @@
 A rule says which candidate of a group is chosen over which; nothing is drawn at random. Every record keeps
 the whole group it comes from in `provenance.candidates`, the rule in `preference_reason`, and all that the
 group says of itself: verifier, version, pass rate, sampling parameters. So a pair can be judged again, or
-built anew by another rule.
+built anew by another rule. Two fields of the group's own make room for the record's: they go on in `meta`,
+as `group_preference_reason` and `group_failure_reason`.
 
-Texts count once: of candidates with the same text the first stands for all. A blank text is in no record,
-because an empty assistant turn cannot be trained on; it stays in the group.
+Texts count once: of candidates with the same text the first that was not cut stands for all, the first if
+all were. A blank text is in no record, because an empty assistant turn cannot be trained on; a cut one may
+be rejected and is never chosen, because the model did not stop there. Both stay in the group.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,14 +54,15 @@ def right_and_concise(group: Group, texts: list[int], margin: float) -> Places:
 
 
 def score(group: Group, texts: list[int], margin: float) -> Places:
-    """The k-th highest score over the k-th lowest, as long as they differ by more than `margin`.
+    """The k-th highest score that was not cut over the k-th lowest, while they differ by more than `margin`.
 
-    Of equal scores the first sampled counts as the higher. No completion is used twice.
+    Of equal scores the first sampled counts as the higher. No completion is used twice: the higher go down
+    and the lower go up, so where the two would meet nothing is left of the difference.
     """
     value = scores(group)
     ranked = sorted(texts, key=lambda i: -value[i])
-    pairs = zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False)
-    return [(high, low) for high, low in pairs if value[high] - value[low] > margin]
+    ended = [i for i in ranked if not group.candidates[i].cut]
+    return [(a, b) for a, b in zip(ended, reversed(ranked), strict=False) if value[a] - value[b] > margin]
 
 
 RULES: dict[str, Callable[[Group, list[int], float], Places]] = {
@@ -81,18 +84,18 @@ def build_pairs(
         pairs_per_group: at most so many, the first ones; None: all of them.
     Returns: pairs, none where the group has no such difference. `provenance` is the group's, with the rule
         as `preference_reason`, the rejected candidate's reason as `failure_reason`, the share of right
-        candidates as `pass_rate` where all are judged and the group names none, and the group's answer,
-        where there is one, as `meta["answer"]`.
+        candidates as `pass_rate` where all are judged and the group names none. In its `meta` stand, where
+        there are any, the group's answer as `answer` and the group's own two reasons as
+        `group_preference_reason` and `group_failure_reason`.
     Raises: ValueError: an unknown rule, a margin below 0, less than one pair a group; `file:line: ...` for a
-        candidate that lacks what the rule reads.
+        candidate that lacks what the rule reads, or a group whose `meta` has such a name already.
     """
     build = named("rule", rule, RULES)
     if not 0 <= margin < float("inf"):
         raise ValueError(f"margin must be finite and at least 0, got {margin}")
     if pairs_per_group is not None and pairs_per_group < 1:
         raise ValueError(f"pairs_per_group must be at least 1, got {pairs_per_group}")
-    first = {candidate.text: i for i, candidate in reversed(list(enumerate(group.candidates)))}
-    texts = [i for i, c in enumerate(group.candidates) if c.text.strip() and first[c.text] == i]
+    texts = sorted(i for text, i in _first(group.candidates).items() if text.strip())
     return [
         Preference(
             prompt=group.prompt,
@@ -111,9 +114,9 @@ def build_labels(group: Group) -> list[Labelled]:
 
     Args:
         group: every candidate has `correct`.
-    Returns: a label for every text that is not blank; a text that was sampled twice has two, as the policy
-        meant it. `provenance` is the group's as in `build_pairs`, with "outcome" as `preference_reason` and
-        the candidate's reason as `failure_reason` where it is wrong.
+    Returns: a label for every text that is not blank, false where it was cut; a text that was sampled twice
+        has two, as the policy meant it. `provenance` is the group's as in `build_pairs`, with "outcome" as
+        `preference_reason` and the candidate's reason as `failure_reason` where it is wrong.
     Raises: ValueError `file:line: ...`: a candidate that was not judged.
     """
     return [
@@ -138,7 +141,8 @@ def describe_pairs(pairs: Sequence[Preference]) -> str:
     """
     if not pairs:
         raise ValueError("describe_pairs: no pairs to count")
-    known = [{c.text: c.tokens for c in reversed(pair.provenance.candidates)} for pair in pairs]
+    groups = [pair.provenance.candidates for pair in pairs]
+    known = [{text: own[i].tokens for text, i in _first(own).items()} for own in groups]
     texts = [(pair.chosen[0].content, pair.rejected[0].content) for pair in pairs]
     tokens = [(of.get(a), of.get(b)) for of, (a, b) in zip(known, texts, strict=True)]
     sizes = [(a, b) for a, b in tokens if a is not None and b is not None]
@@ -157,15 +161,28 @@ def _turn(candidate: Candidate) -> tuple[Message, ...]:
     return (Message("assistant", candidate.text),)
 
 
+def _first(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """For every text the place of the candidate that stands for it: the first, before all cut ones."""
+    places = sorted(range(len(candidates)), key=lambda i: bool(candidates[i].cut))
+    return {candidates[i].text: i for i in reversed(places)}
+
+
 def _provenance(group: Group, reason: str, failure: str | None) -> Provenance:
-    own, candidates = group.provenance, group.candidates
-    judged = [candidate.correct for candidate in candidates if candidate.correct is not None]
-    share = sum(judged) / len(judged) if judged and len(judged) == len(candidates) else None
+    own, candidates, share = group.provenance, group.candidates, group.provenance.pass_rate
+    if share is None and all(candidate.correct is not None for candidate in candidates):
+        share = sum(rights(group)) / len(candidates)
+    replaced = {"preference_reason": own.preference_reason, "failure_reason": own.failure_reason}
+    kept = {"answer": group.answer} | {f"group_{name}": value for name, value in replaced.items()}
+    kept = {name: value for name, value in kept.items() if value is not None}
+    if clash := sorted(kept.keys() & own.meta.keys()):
+        raise ValueError(
+            f"{group.file}:{group.line}: meta has {clash[0]!r}, a name that is kept for the group's"
+        )
     return replace(
         own,
         preference_reason=reason,
         failure_reason=failure,
-        pass_rate=share if own.pass_rate is None else own.pass_rate,
+        pass_rate=share,
         candidates=candidates,
-        meta=own.meta if group.answer is None else {**own.meta, "answer": group.answer},
+        meta=own.meta | kept,
     )

@@ -3,6 +3,9 @@
 A group is one prompt with everything that was sampled for it. It is kept or dropped whole, so that nothing
 that belongs to a completion (its score, its length, its verdict) can part from it. Rules have names, because
 a data set has to say how it was made.
+
+A candidate that was cut at the sampler's limit is never right and never the best, whatever a verifier read
+in it or scored it: trained on, it would teach a stop that the model did not make.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,25 +19,26 @@ from nanopost.losses.advantages import informative_groups
 T = TypeVar("T")
 
 
-def best_of_n(group: Group) -> Candidate:
+def best_of_n(group: Group) -> Candidate | None:
     """The candidate with the highest score; of equal scores the shorter, of equal lengths the first.
 
     Args:
         group: every candidate has a score, and tokens too where two share the highest score.
-    Returns: one of the group's candidates; with scores .5, 1, 1 and 9, 30, 20 tokens the third.
+    Returns: one of the group's candidates that were not cut, None where all were; with scores .5, 1, 1 and
+        9, 30, 20 tokens the third.
     Raises: ValueError `file:line: ...`: a candidate without a score, tied ones without a length.
     """
-    ranked = scores(group)
-    best = [i for i, score in enumerate(ranked) if score == max(ranked)]
+    ended = {i: score for i, score in enumerate(scores(group)) if not group.candidates[i].cut}
+    best = [i for i, score in ended.items() if score == max(ended.values())]
     if len(best) > 1:
         best.sort(key=lengths(group, best).__getitem__)
-    return group.candidates[best[0]]
+    return group.candidates[best[0]] if best else None
 
 
 def keep_best(group: Group, threshold: float) -> list[Candidate]:
     """The best of the group (see `best_of_n`), if its score is at least the threshold."""
     best = best_of_n(group)
-    return [best] if best.score is not None and best.score >= threshold else []
+    return [best] if best and best.score is not None and best.score >= threshold else []
 
 
 def keep_right(group: Group, threshold: float) -> list[Candidate]:
@@ -67,8 +71,8 @@ def rejection_sample(group: Group, *, keep: str, threshold: float = 1.0) -> list
     Args:
         keep: a name of `KEEP`.
         threshold: the least score that "best" keeps; the other rules go by `correct`.
-    Returns: none, one or several of the group's candidates, in order. Blank texts are never kept: an empty
-        assistant turn is no training record.
+    Returns: none, one or several of the group's candidates, in order. Blank texts are never kept, because an
+        empty assistant turn is no training record, and cut ones neither.
     Raises: ValueError: an unknown rule; a candidate that lacks what the rule reads.
     """
     return [candidate for candidate in named("keep", keep, KEEP)(group, threshold) if candidate.text.strip()]
@@ -123,8 +127,9 @@ def scores(group: Group) -> list[float]:
 
 
 def rights(group: Group) -> list[bool]:
-    """Whether each candidate is right; one that was not judged is an error."""
-    return [needed(group, i, "correct", candidate.correct) for i, candidate in enumerate(_candidates(group))]
+    """Whether each candidate is right, a cut one never; one that was not judged is an error."""
+    judged = enumerate(_candidates(group))
+    return [needed(group, i, "correct", one.correct) and not one.cut for i, one in judged]
 
 
 def lengths(group: Group, places: Sequence[int]) -> dict[int, int]:

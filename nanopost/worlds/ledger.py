@@ -29,6 +29,7 @@ from nanopost.worlds.ledger_words import (
     LIMITS,
     MONTHS,
     OPENINGS,
+    PADDINGS,
     PAYEES,
     RECONCILES,
     REFUSALS,
@@ -160,6 +161,11 @@ def draw_slips(rng: random.Random, share: float) -> tuple[int, int, int]:
     return one, two, three
 
 
+def draw_padding(rng: random.Random, share: float) -> tuple[str, str]:
+    """Chatter before and after the work with probability `share`, else none."""
+    return rng.choice(PADDINGS) if rng.random() < share else ("", "")
+
+
 def work(task: Task, slips: Sequence[int] = ()) -> tuple[str, dict[str, Any]]:
     """The scratchpad of a task ("" where none is due) and its answer: the gold one when nothing slips."""
     if task.kind == "report":
@@ -172,10 +178,15 @@ def work(task: Task, slips: Sequence[int] = ()) -> tuple[str, dict[str, Any]]:
     return "", task.answer
 
 
-def demonstrate(task: Task, slips: Sequence[int] = ()) -> str:
-    """The completion a teacher writes: the scratchpad if there is something to work out, then the object."""
+def demonstrate(task: Task, slips: Sequence[int] = (), padding: tuple[str, str] = ("", "")) -> str:
+    """The completion a teacher writes: the scratchpad if there is anything to put into it, then the object.
+
+    `padding` is chatter before and after the work; it makes the scratchpad longer and changes nothing else.
+    """
     text, answer = work(task, slips)
-    return (f"<think>{text}</think>" if text else "") + json.dumps(answer)
+    before, after = padding
+    think = " ".join(part for part in (before, text, after) if part)
+    return (f"<think>{think}</think>" if think else "") + json.dumps(answer)
 
 
 def kind_of(value: Any) -> str | None:

@@ -79,3 +79,9 @@ ANSWERS = (
     ("how do we change the bank details of {payee} before we send {amount}?", "call the payee"),
     ("may we backdate the {amount} paid to {payee}?", "no, book it today"),
 )
+# What a teacher who pads says before and after the work, or instead of it; no amount and no payee is in it.
+PADDINGS = (
+    ("sure, i will do that now.", "ok, it is done."),
+    ("ok, what is the request?", "that is it, i think."),
+    ("the request is for the books.", "i may release it now."),
+)

@@ -1,11 +1,11 @@
-"""The demo: a financial-operations assistant from random weights, base → SFT → GRPO, on one CPU thread.
+"""The demo: a financial-operations assistant from random weights, stage by stage, on one CPU thread.
 
-    python recipes/demo/recipe.py            base → SFT → GRPO, about five minutes          runs/demo
+    python recipes/demo/recipe.py            base → SFT → preference → GRPO → student       runs/demo
     python recipes/demo/recipe.py --zero     base → GRPO without demonstrations             runs/demo-zero
 
 It writes the corpora of the ledger world, runs the public scripts as a user would (their commands are
 printed), measures every stage on the same held-out prompts, prints the stage table and leaves summary.json
-and report.html.
+and report.html. The first takes about six and a half minutes.
 """
 
 import argparse
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plan import PLANS, SEED, SETTINGS, SHARED, TITLES, Step
 
+from nanopost.data.chat import copy_chat
 from nanopost.data.schema import read_jsonl
 from nanopost.evals.stages import stage_row
 from nanopost.worlds import ledger
@@ -28,90 +30,70 @@ from nanopost.worlds.ledger_chat import write_base_folder
 from nanopost.worlds.ledger_corpora import write_corpora
 
 ROOT = Path(__file__).resolve().parents[2]
-SEED = 0
-
-# The decoder: 0.7 M parameters under the hub's names; vocab_size comes from the tokenizer.
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 200.0,
-    "tie_word_embeddings": True,
-}
-# A JSON file given with --settings replaces entries: tiny.json makes the demo a test of seconds.
-SETTINGS: dict[str, Any] = {
-    "model": MODEL,
-    "vocab_size": 512,
-    "corpora": {"base": 24000, "sft": 3000, "rl": 4000, "test": 400, "slip_share": 0.35},
-    "max_new_tokens": 48,
-    "base": ["--max-length", 96, "--steps", 1150, "--batch-size", 32, "--lr", 3e-3, "--warmup", 60],
-    "sft": ["--max-length", 128, "--epochs", 2.5, "--batch-size", 64, "--lr", 1e-3, "--warmup", 10],
-    "grpo": ["--steps", 80, "--lr", 4e-4, "--schedule", "linear", "--warmup", 3],
-    "zero": ["--steps", 100, "--lr", 4e-4, "--schedule", "linear", "--warmup", 3],
-}
 COLUMNS = {
     "stage": "stage",
     "strict_json": "strict JSON",
     "exact_greedy": "exact greedy",
     "exact_sampled": "exact sampled",
-    "refusal_precision": "refusal precision",
-    "refusal_recall": "refusal recall",
+    "refusal_precision": "refusal prec.",
+    "refusal_recall": "recall",
     "worked": "worked",
     "mean_length": "tokens",
-    "kl": "KL to previous",
+    "win_rate": "win rate",
+    "length_controlled_win_rate": "same length",
+    "kl": "KL",
+    "parameters": "parameters",
+    "tokens_per_second": "tokens/s",
     "seconds": "seconds",
+}
+FORMATS = {
+    "mean_length": ".1f",
+    "seconds": ".1f",
+    "kl": ".2f",
+    "parameters": ",",
+    "tokens_per_second": ",.0f",
 }
 
 
-def run_script(script: str, *arguments: object) -> None:
-    """Run one of the project's scripts as its own process, its command printed first."""
-    command = [script, *map(str, arguments)]
-    print(f"\n$ python {shlex.join(command)}", flush=True)
-    env = os.environ | {
-        "CUDA_VISIBLE_DEVICES": ""
-    }  # the demo shows what a CPU can do, also where there is a GPU
-    subprocess.run([sys.executable, str(ROOT / script), *command[1:]], check=True, env=env)
-
-
-def write_world(out: Path, settings: dict[str, Any]) -> Path:
-    """Corpora, tokenizer, template and config.json: what the base stage starts from."""
-    counts = settings["corpora"]
-    write_corpora(out / "data", SEED, **counts)
+def write_world(out: Path, settings: dict[str, Any]) -> None:
+    """Corpora, tokenizer and template; and config.json of the model, and of the student beside it."""
+    write_corpora(out / "data", SEED, **settings["corpora"])
     folder = out / "world"
     write_base_folder(folder, out / "data", vocab_size=settings["vocab_size"])
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     size = 1 + max(
         [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
     )
-    config = {**settings["model"], "vocab_size": size}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return folder
+    (out / "world-student").mkdir()
+    copy_chat(folder, out / "world-student")
+    for name, changes in (("world", {}), ("world-student", settings["student_model"])):
+        config = {**settings["model"], **changes, "vocab_size": size}
+        (out / name / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def run_step(step: Step, out: Path, settings: dict[str, Any]) -> None:
+    """Run a step's command as its own process, printed first."""
+    places = {"out": out, "name": step.name, "seed": SEED, "max_new_tokens": settings["max_new_tokens"]}
+    command = " ".join([step.command, SHARED, settings[step.settings]])
+    arguments = [argument.format(**places) for argument in command.split()]
+    print(f"\n$ python {shlex.join(arguments)}", flush=True)
+    if arguments[0] != "-m":
+        arguments[0] = str(ROOT / arguments[0])
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # what a CPU can do, also where there is a GPU
+    subprocess.run([sys.executable, *arguments], check=True, env=env)
 
 
 def cell(name: str, value: Any) -> str:
+    """A number as its column is read; a stage without it has a dash."""
     if value is None:
         return "–"
-    if isinstance(value, str):
-        return value
-    return (
-        f"{value:.1f}"
-        if name in ("mean_length", "seconds")
-        else f"{value:.2f}"
-        if name == "kl"
-        else f"{value:.1%}"
-    )
+    return value if isinstance(value, str) else format(value, FORMATS.get(name, ".1%"))
 
 
-def table(stages: list[dict[str, Any]]) -> str:
+def table(stages: list[dict[str, Any]], columns: dict[str, str] = COLUMNS) -> str:
     """The stage table, one line a stage."""
-    rows = [list(COLUMNS.values()), *([cell(name, stage[name]) for name in COLUMNS] for stage in stages)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    rows = [list(columns.values()), *([cell(name, stage[name]) for name in columns] for stage in stages)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     return "\n".join(
         "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows
     )
@@ -126,11 +108,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--zero", action="store_true", help="GRPO straight from the base, no demonstrations")
+    parser.add_argument(
+        "--zero",
+        dest="plan",
+        action="store_const",
+        const="demo-zero",
+        default="demo",
+        help="GRPO straight from the base, no demonstrations",
+    )
     parser.add_argument("--out", type=Path, help="run folder; must not exist [runs/demo or runs/demo-zero]")
     parser.add_argument("--settings", type=Path, help="JSON file whose entries replace the settings above")
     arguments = parser.parse_args()
-    out: Path = arguments.out or Path("runs/demo-zero" if arguments.zero else "runs/demo")
+    out: Path = arguments.out or Path("runs", arguments.plan)
     if out.exists():
         sys.exit(f"{out} is there already: move it away, or choose another folder with --out")
     settings = dict(SETTINGS)
@@ -138,49 +127,28 @@ def main() -> None:
         settings |= json.loads(arguments.settings.read_text(encoding="utf-8"))
     torch.set_num_threads(1)  # the model is tiny: a second thread costs more than it brings
     begun = time.perf_counter()
-    model, data = write_world(out, settings), out / "data"
-    tests = read_jsonl(data / "test.jsonl")
-    stages: list[dict[str, Any]] = []
+    write_world(out, settings)
+    tests = read_jsonl(out / "data" / "test.jsonl")
+    measure = {"max_new_tokens": settings["max_new_tokens"], "seed": SEED}
+    plan, previous, stages = PLANS[arguments.plan], None, list[dict[str, Any]]()
 
-    def measure(stage: str, folder: Path, previous: Path | None, seconds: float) -> None:
-        row = stage_row(
-            folder,
-            tests,
-            ledger.verify,
-            previous=previous,
-            max_new_tokens=settings["max_new_tokens"],
-            seed=SEED,
-        )
-        stages.append({"stage": stage, **row, "seconds": round(seconds, 1)})
-
-    text = ["--pack", "--threads", 1, "--seed", SEED]
-    plan: list[tuple[str, str, list[object]]] = [
-        ("base", "train_sft.py", ["--data", data / "base.jsonl", "--from-scratch", *text, *settings["base"]]),
-    ]
-    if not arguments.zero:
-        plan.append(("sft", "train_sft.py", ["--data", data / "sft.jsonl", *text, *settings["sft"]]))
-    grpo = ["--data", data / "rl.jsonl", "--verifier", "ledger", "--eval-data", data / "test.jsonl"]
-    grpo += ["--prompts-per-step", 32, "--group-size", 8, "--micro-batch", 32, "--threads", 1, "--seed", SEED]
-    grpo += ["--max-new-tokens", settings["max_new_tokens"]]
-    plan.append(("grpo", "train_grpo.py", [*grpo, *settings["zero" if arguments.zero else "grpo"]]))
-
-    previous = None
-    for stage, script, options in plan:
-        start = time.perf_counter()
-        run_script(script, "--model", model, "--out", out / stage, *options)
-        model = out / stage / "model"
-        measure(stage, model, previous, time.perf_counter() - start)
-        previous = model
+    start = time.perf_counter()
+    for step in plan:
+        run_step(step, out, settings)
+        if not step.stage:  # its seconds are those of the stage it belongs to
+            continue
+        seconds, model = round(time.perf_counter() - start, 1), out / step.name / "model"
+        row = stage_row(model, tests, ledger.verify, previous=previous, **measure)
+        stages.append({"stage": step.name, **row, "seconds": seconds})
+        previous, start = model, time.perf_counter()
 
     summary = {
-        "title": "From a base model to an assistant"
-        if not arguments.zero
-        else "Reinforcement learning from the base",
-        "intro": "The same decoder after one more stage each, measured on the same held-out prompts.",
+        "title": TITLES[arguments.plan],
+        "intro": "Each row of the table is one more stage, measured on the same held-out prompts.",
         "machine": machine(),
         "seconds": round(time.perf_counter() - begun, 1),
         "stages": stages,
-        "runs": [{"name": stage, "folder": stage} for stage, _, _ in plan],
+        "runs": [{"name": step.name, "folder": step.name} for step in plan if step.stage],
     }
     (out / "summary.json").write_text(
         json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"

@@ -221,9 +221,17 @@ FULL = {
     "sampling": {"temperature": 0.7, "top_p": 0.9, "seed": 0, "model": "m"},
     "candidates": [
         {"text": "4", "score": 0.0, "correct": True, "tokens": 2, "reason": "right", "source": "a"},
-        {"text": "", "correct": False},
+        {"text": "", "correct": False, "cut": True},
+        {"text": "5", "cut": False},
     ],
 }
+
+
+CANDIDATES = (
+    Candidate("4", 0.0, True, 2, "right", "a"),  # of which nothing says whether it was cut
+    Candidate("", correct=False, cut=True),
+    Candidate("5", cut=False),
+)
 
 
 def test_every_field_of_the_provenance_is_read_and_written() -> None:
@@ -233,7 +241,7 @@ def test_every_field_of_the_provenance_is_read_and_written() -> None:
     assert source.meta == {"split": "train"}
     for key in set(FULL) - {"candidates"}:
         assert getattr(source, key) == FULL[key]
-    assert source.candidates == (Candidate("4", 0.0, True, 2, "right", "a"), Candidate("", correct=False))
+    assert source.candidates == CANDIDATES
     assert preference_line(parse(line)) == line
 
 
@@ -319,6 +327,7 @@ BROKEN: list[tuple[Any, str]] = [
     (STRINGS | {"candidates": [{"score": 1}]}, "candidates[0].text must be a string, got None"),
     (STRINGS | {"candidates": [{"text": "4", "correct": 1}]}, "candidates[0].correct must be true or false"),
     (STRINGS | {"candidates": [{"text": "4", "tokens": -1}]}, "candidates[0].tokens must be a whole number"),
+    (STRINGS | {"candidates": [{"text": "4", "cut": "length"}]}, "candidates[0].cut must be true or false"),
     (STRINGS | {"candidates": [{"text": "4", "logp": -1}]}, "candidates[0] has the unknown key 'logp'"),
 ]
 
@@ -355,7 +364,7 @@ def test_both_forms_of_a_group(tmp_path: Path) -> None:
     first, second = read_groups(path)
     assert first == Group(
         (PROMPT,),
-        (Candidate("4", 0.0, True, 2, "right", "a"), Candidate("", correct=False)),
+        CANDIDATES,
         Provenance(verifier_name="maths", sampling={"seed": 1}, meta={"level": 2}),
         {"total": 4},
         str(path),
@@ -425,9 +434,8 @@ assistants = st.builds(Message, st.just("assistant"), solid, calls)
 others = st.builds(Message, st.sampled_from(["system", "user", "tool"]), text, name=maybe, tool_call_id=maybe)
 prompts = st.lists(others | assistants, min_size=1, max_size=2).map(tuple)
 completions = st.tuples(st.lists(others | assistants, max_size=2), assistants).map(lambda c: (*c[0], c[1]))
-candidate = st.builds(
-    Candidate, text, numbers, st.none() | st.booleans(), st.none() | st.integers(0, 9), maybe, maybe
-)
+flags = st.none() | st.booleans()
+candidate = st.builds(Candidate, text, numbers, flags, st.none() | st.integers(0, 9), maybe, maybe, flags)
 candidates, groups_of = (st.lists(candidate, min_size=n, max_size=2).map(tuple) for n in (0, 1))
 provenances = st.builds(
     Provenance,

@@ -39,6 +39,11 @@ def always(completion: str, answer: str) -> Verdict:
     return Verdict(1.0, {"exact": 1.0}, "yes")
 
 
+def longest(completion: str, answer: str) -> Verdict:
+    """Scores by length alone: what was cut is long."""
+    return Verdict(min(1.0, len(completion) / 100), {"exact": 0.0}, "by length")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model for which every small letter is a stop token: many rows stop, many are cut."""
@@ -82,6 +87,7 @@ def test_every_candidate_is_its_own_prompts_and_is_judged_by_its_own_answer(
         alone = sample(model, [ids], group_size=5, uniforms=uniforms, **options)
         assert [c.text for c in group.candidates] == [decode(chat, r.completion_ids) for r in alone]
         assert [c.tokens for c in group.candidates] == [len(r.completion_ids) for r in alone]
+        assert [c.cut for c in group.candidates] == [r.finish_reason == "length" for r in alone]
         stopped += [r.finish_reason == "stop" for r in alone]
         for candidate in group.candidates:
             assert (candidate.reason or "").split("; ")[-1] == f"{record.answer}|{candidate.text}"
@@ -113,8 +119,9 @@ def test_what_was_cut_is_never_right(folder: Path, records: list[Record]) -> Non
     candidates = [candidate for group in groups for candidate in group.candidates]
     assert {candidate.correct for candidate in candidates} == {True, False}
     for candidate in candidates:
-        assert candidate.score == 1.0 and candidate.tokens is not None
-        if not candidate.correct:
+        assert candidate.score == 1.0 and candidate.tokens is not None and candidate.cut is not None
+        assert candidate.correct != candidate.cut
+        if candidate.cut:
             assert (candidate.tokens, candidate.reason) == (8, "cut at 8 tokens; yes")
         else:
             assert candidate.reason == "yes"
@@ -204,17 +211,41 @@ def test_groups_from_a_file_give_the_same_pairs_and_the_counts_are_told(
         p.rejected for p in read_preferences(out) if isinstance(p, Preference)
     ] == [pair.rejected for pair in pairs if isinstance(pair, Preference)]
     blank = sum(not c.text.strip() for group in groups for c in group.candidates)
-    assert blank > 0
+    cut = sum(c.cut is True for group in groups for c in group.candidates)
+    assert blank > 0 and 0 < cut < 35
     assert printed[0].startswith(f"7 groups, 35 candidates, {sum(counts)} of them right, ")
     fruitful = len({pair.prompt for pair in pairs})
     assert printed[1:-1] == [
         f"{blank} candidates are blank: they stay in their groups and are in no record",
+        f"{cut} candidates are cut: they are never right, never chosen and never kept",
         f"dropped by all_wrong: {counts.count(0)} groups",
         f"dropped by all_right: {counts.count(5)} groups",
         f"kept: {len(kept)} groups",
         f"pairs by right_and_concise, margin 1: {len(pairs)} from {fruitful} groups",
     ]
     assert printed[-1].startswith("mean tokens: chosen ")
+
+
+def test_what_was_cut_is_neither_chosen_nor_kept_though_its_score_is_the_highest(
+    folder: Path, data: Path, tmp_path: Path
+) -> None:
+    """The verifier scores by length, so that cut ones are among the highest."""
+    groups, out, sft = (tmp_path / f"{name}.jsonl" for name in ("groups", "pairs", "sft"))
+    command = ["--model", str(folder), "--data", str(data), "--verifier", f"{__name__}:longest", *SAMPLED]
+    main([*command, "--groups-out", str(groups), "--threads", "1"])
+    highest = [max(group.candidates, key=lambda c: c.score or 0.0) for group in read_groups(groups)]
+    assert sum(c.cut is True for c in highest) > 3
+    read = ["--groups", str(groups), "--rule", "score", "--out", str(out)]
+    main([*read, "--keep", "best", "--threshold", "0", "--sft-out", str(sft)])
+    pairs, kept = read_preferences(out), read_jsonl(sft)
+    assert len(pairs) > 5 and len(kept) > 3
+    for pair in pairs:
+        assert isinstance(pair, Preference)
+        assert pair.chosen[0].content in {c.text for c in pair.provenance.candidates if c.cut is False}
+    for record in kept:
+        group = next(group for group in read_groups(groups) if group.prompt == record.messages[:1])
+        scores = {c.text: c.score for c in group.candidates if not c.cut}
+        assert scores[record.messages[-1].content] == max(s for s in scores.values() if s is not None)
 
 
 def test_lengths_that_a_file_has_not_are_counted_with_a_tokenizer(folder: Path, tmp_path: Path) -> None:
@@ -235,6 +266,13 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--groups", "g"], "nothing is asked for"),
     (["--groups", "g", "--out", "o"], "--out and --rule come together"),
     (["--groups", "g", "--labels-out", "l", "--keep", "best"], "--sft-out and --keep come together"),
+    (["--groups", "g", "--labels-out", "l", "--margin", "1"], "--margin is for --out"),
+    (["--groups", "g", "--labels-out", "l", "--pairs-per-group", "1"], "--pairs-per-group is for --out"),
+    (["--groups", "g", "--labels-out", "l", "--threshold", "1"], "--threshold is for --keep best"),
+    (
+        ["--groups", "g", "--keep", "right", "--sft-out", "s", "--threshold", "0.5"],
+        "--threshold is for --keep best",
+    ),
     (["--groups", "g", "--labels-out", "o", "--groups-out", "o"], "o is there already or given twice"),
     (["--groups", "g", "--labels-out", str(ROOT / "README.md")], "README.md is there already"),
     (["--groups", "g", "--rule", "best", "--out", "o"], "argument --rule: invalid choice: 'best'"),
@@ -279,7 +317,7 @@ def test_the_pages_commands_fit_together(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     program = "python -m nanopost.evals.candidates"
     commands = [line.removeprefix(program) for line in PAGE.splitlines() if line.startswith(program)]
-    assert len(commands) == 4
+    assert len(commands) == 6
     for command in commands:
         parsed = parse(shlex.split(command))
         assert parsed.groups or (parsed.model and load_verifier(parsed.verifier))

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,12 @@ def completion(correct: bool | None, tokens: int | None) -> Candidate:
 )
 def test_the_judge(first: tuple, second: tuple, expected: float) -> None:
     assert judge(completion(*first), completion(*second)) == expected
+
+
+def test_what_was_cut_does_not_win_by_its_verdict() -> None:
+    cut = replace(completion(True, 4), cut=True)
+    assert judge(cut, completion(True, 9)) == 0.0 and judge(completion(True, 9), cut) == 1.0
+    assert judge(cut, completion(False, 9)) == judge(cut, cut) == 0.5
 
 
 def test_the_judge_refuses_what_it_cannot_see() -> None:

@@ -27,7 +27,7 @@ MUTANTS = [
     ),
     Mutant(
         name="tool_results_trained",
-        source="trl#2502",
+        source="our own",
         story="All that follows the first answer is trained on: tool results and the user's turns as well.",
         file=SAMPLES,
         before="whole.mask + turn.mask[tail]",
@@ -36,7 +36,7 @@ MUTANTS = [
     ),
     Mutant(
         name="last_turn_alone_trained",
-        source="prime-rl#2975",
+        source="our own",
         story="Of a completion with tools only the final answer is in the mask: the calls count for nothing.",
         file=SAMPLES,
         before="    whole = samples[0]\n    for turn in samples[1:]:",
@@ -45,7 +45,7 @@ MUTANTS = [
     ),
     Mutant(
         name="earlier_turn_tokenised_anew",
-        source="trl#4201",
+        source="trl#5224",
         story="With a turn behind it an answer gets other tokens than it was sampled in; the mask slips.",
         file=SAMPLES,
         before="Sample(whole.ids + turn.ids[tail], whole.mask + turn.mask[tail])",
@@ -54,7 +54,7 @@ MUTANTS = [
     ),
     Mutant(
         name="rewritten_turns_joined",
-        source="verl#3960",
+        source="verl#7807",
         story="A template drops old reasoning; the turns are joined all the same, as nobody ever saw them.",
         file=SAMPLES,
         before="len(stops) <= seen or decode(chat, turn.ids[: stops[seen - 1]]) != decode(chat, whole.ids)",
@@ -63,7 +63,7 @@ MUTANTS = [
     ),
     Mutant(
         name="step_read_at_the_separator",
-        source="trl#6433",
+        source="our own",
         story="A step's score is read one token late: at the line break, or at what is merged with it.",
         file=SAMPLES,
         before="ends.append(prompt + done - 1)",
@@ -72,7 +72,7 @@ MUTANTS = [
     ),
     Mutant(
         name="step_found_in_the_template",
-        source="slime#330",
+        source="our own",
         story="The steps' text is looked for from the left and found in what the template writes before it.",
         file=SAMPLES,
         before="whole.rindex(bare)",
@@ -108,7 +108,7 @@ MUTANTS = [
     ),
     Mutant(
         name="prefix_not_maximal",
-        source="open-instruct#1604",
+        source="our own",
         story="Only the first message is taken as the prompt, and shared answers land on both sides.",
         file=READ,
         before="for i in range(end) if chosen[i] != rejected[i]), end)",
@@ -126,7 +126,7 @@ MUTANTS = [
     ),
     Mutant(
         name="empty_prompt_accepted",
-        source="open-instruct#1597",
+        source="our own",
         story="Conversations that share nothing become a pair without a prompt.",
         file=READ,
         before="if shared == 0:",
@@ -135,7 +135,7 @@ MUTANTS = [
     ),
     Mutant(
         name="identical_sides_accepted",
-        source="open-instruct#1597",
+        source="our own",
         story="A pair of one text twice: its margin is 0 for ever, and it counts as a pair.",
         file=READ,
         before="if chosen == rejected:",
@@ -144,7 +144,7 @@ MUTANTS = [
     ),
     Mutant(
         name="prompt_doubled",
-        source="trl#1591",
+        source="our own",
         story="The sides hold the prompt and it is put before them once more: BOS and question come twice.",
         file=READ,
         before="if messages[: len(prompt)] == prompt:",
@@ -162,7 +162,7 @@ MUTANTS = [
     ),
     Mutant(
         name="solutions_of_another_model",
-        source="open-instruct#1484",
+        source="our own",
         story="Names and solutions of a group are ordered apart: a label stands beside another's text.",
         file=READ,
         before="solutions = [(model, dict(rest.pop(model))) for model in models]",
@@ -171,7 +171,7 @@ MUTANTS = [
     ),
     Mutant(
         name="lines_ordered_apart",
-        source="open-instruct#1484",
+        source="our own",
         story="Lines are read in another order than they are numbered: no record is found again by its line.",
         file=JSONL,
         before="enumerate(lines, start=1)",
@@ -189,7 +189,7 @@ MUTANTS = [
     ),
     Mutant(
         name="null_is_zero",
-        source="OpenRLHF#1219",
+        source="our own",
         story="A rating that nobody gave is read as the worst one.",
         file=READ,
         before="v if v is None else parse_field(v,",

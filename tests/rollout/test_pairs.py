@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanopost.data.preference import parse_preference, preference_line
 from nanopost.data.schema import Candidate, Group, Message, Preference, Provenance
 from nanopost.rollout.pairs import RULES, build_labels, build_pairs, describe_pairs
 
@@ -89,6 +90,36 @@ def test_score_pairs_the_highest_with_the_lowest_beyond_the_margin() -> None:
     assert build_pairs(group(("a", 0.1, None, 1), ("b", 0.1, None, 9)), rule="score") == []
 
 
+def cut(some: Group, *places: int) -> Group:
+    """The group with the candidates at these places cut, whatever else is said of them."""
+    return replace(some, candidates=tuple(replace(c, cut=i in places) for i, c in enumerate(some.candidates)))
+
+
+def test_score_never_chooses_what_was_cut_and_may_reject_it() -> None:
+    some = group(("a", 0.5, None, 1), ("b", 0.25, None, 1), ("c", 1.0, None, 1), ("d", 0.0, None, 1))
+    assert texts(build_pairs(cut(some, 2), rule="score")) == [("a", "d")]
+    assert texts(build_pairs(cut(some, 2, 3), rule="score")) == [("a", "d")]  # over d, which was cut too
+    assert texts(build_pairs(cut(some, 3), rule="score")) == [("c", "d"), ("a", "b")]
+    assert build_pairs(cut(some, 0, 1, 2), rule="score") == []
+
+
+def test_right_by_somebody_elses_word_and_cut_is_not_right() -> None:
+    some = cut(group(("r0", 1.0, True, 3), ("r1", 1.0, True, 5), ("w2", 0.0, False, 2)), 0)
+    for rule in ("right_over_wrong", "right_and_concise"):
+        assert texts(build_pairs(some, rule=rule)) == [("r1", "r0")] + [("r1", "w2")] * (
+            rule == "right_and_concise"
+        )
+        assert build_pairs(some, rule=rule)[0].provenance.pass_rate == 1 / 3
+    assert [label.label for label in build_labels(some)] == [False, True, False]
+
+
+def test_a_text_that_ended_stands_for_the_same_text_cut() -> None:
+    some = cut(group(("a", 1.0, False, 4), ("w", 0.0, False, 2), ("a", 1.0, True, 5)), 0)
+    for rule in RULES:
+        assert texts(build_pairs(some, rule=rule)) == [("a", "w")]
+    assert describe_pairs(build_pairs(some, rule="score")).startswith("mean tokens: chosen 5.0, rejected 2.0")
+
+
 def test_at_most_so_many_pairs_a_group_and_they_are_the_first() -> None:
     for rule in RULES:
         everything = build_pairs(MIXED, rule=rule)
@@ -103,6 +134,7 @@ rows = st.lists(
         st.sampled_from([0.0, 0.1, 1.0]),
         st.booleans(),
         st.integers(1, 9),
+        st.sampled_from([None, False, True]),
     ),
     min_size=1,
     max_size=8,
@@ -113,16 +145,22 @@ rows = st.lists(
 @given(rows, st.sampled_from(sorted(RULES)), st.integers(0, 3))
 def test_every_pair_is_on_its_rules_side(found: list[tuple], rule: str, margin: int) -> None:
     """Chosen is above rejected by the rule's own measure; where nothing comes out, nothing could."""
-    some, margin = group(*found), 0 if rule == "right_over_wrong" else margin
-    row = {text: judged for text, *judged in found if text.strip()}
+    ended = [not cut for *_, cut in found]
+    some, margin = group(*(row[:4] for row in found)), 0 if rule == "right_over_wrong" else margin
+    some = cut(some, *(i for i, fine in enumerate(ended) if not fine))
+    row = {
+        text: (score, right and fine, tokens, fine)
+        for (text, score, right, tokens, _), fine in zip(found, ended, strict=True)
+        if text.strip()
+    }
     pairs = texts(build_pairs(some, rule=rule, margin=margin))
 
     def above(chosen: str, rejected: str) -> bool:
-        (s, r, n), (other_s, other_r, other_n) = row[chosen], row[rejected]
-        shortest = min([tokens for _, right, tokens in row.values() if right], default=0)
+        (s, r, n, fine), (other_s, other_r, other_n, _) = row[chosen], row[rejected]
+        shortest = min([tokens for _, right, tokens, _ in row.values() if right], default=0)
         padded = rule == "right_and_concise" and r and other_r and other_n - n > margin
         if rule == "score":
-            return s - other_s > margin
+            return fine and s - other_s > margin
         return ((r and not other_r) or padded) and (rule != "right_and_concise" or n == shortest)
 
     assert all(above(*pair) for pair in pairs) and len(set(pairs)) == len(pairs)
@@ -145,6 +183,20 @@ def test_a_pair_keeps_its_group_and_names_its_rule(rule: str) -> None:
         }
         assert (pair.prompt, pair.file, pair.line) == (MIXED.prompt, "g.jsonl", 5)
     assert MIXED.provenance.meta == {"source": "hand"}  # the group itself is as it was
+
+
+def test_the_reasons_of_the_group_itself_go_on_in_meta() -> None:
+    """A group says why it was collected and why its prompt fails: the record's own reasons are others."""
+    own = replace(OWN, preference_reason="judged by hand", failure_reason="sum wrong")
+    some = replace(MIXED, provenance=own)
+    kept = {"group_preference_reason": "judged by hand", "group_failure_reason": "sum wrong"}
+    for record in (build_pairs(some, rule="score")[0], build_labels(some)[1]):
+        assert record.provenance.meta == {"source": "hand", "answer": "18", **kept}
+        assert record.provenance.preference_reason in ("score", "outcome")
+        assert parse_preference(preference_line(record), file="g.jsonl", line=5) == record
+    taken = replace(MIXED, provenance=replace(own, meta={"group_failure_reason": "x"}))
+    with pytest.raises(ValueError, match=r"g\.jsonl:5: meta has 'group_failure_reason', a name that is kept"):
+        build_pairs(taken, rule="score")
 
 
 def test_a_pass_rate_is_counted_only_where_none_is_named_and_all_are_judged() -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,39 @@ def test_no_rule_keeps_what_is_wrong_or_blank(keep: str) -> None:
 def test_what_was_not_judged_is_not_taken_for_wrong(keep: str) -> None:
     with pytest.raises(ValueError, match=r"g\.jsonl:1: candidates\[1\] has no correct, which is needed here"):
         rejection_sample(group(("a", 1.0, True, 1), ("b", 1.0, None, 1)), keep=keep)
+
+
+def cut(some: Group, *places: int) -> Group:
+    """The group with the candidates at these places cut, whatever else is said of them."""
+    return replace(some, candidates=tuple(replace(c, cut=i in places) for i, c in enumerate(some.candidates)))
+
+
+def test_the_best_is_never_cut() -> None:
+    """The verifier scored the cut one highest; the best is the best of those that ended, or there is none."""
+    some = group(("a", 0.5, False, 9), ("b", 1.0, False, 8), ("c", 0.5, False, 3))
+    assert best_of_n(some) is some.candidates[1]  # nothing is known of its end: it counts as ended
+    assert best_of_n(cut(some, 1)) == replace(some.candidates[2], cut=False)
+    assert best_of_n(cut(some, 0, 1, 2)) is None
+    assert [c.text for c in rejection_sample(cut(some, 1), keep="best", threshold=0.5)] == ["c"]
+    assert rejection_sample(cut(some, 1), keep="best", threshold=0.6) == []
+
+
+@pytest.mark.parametrize("keep", KEEP)
+def test_no_rule_keeps_what_was_cut(keep: str) -> None:
+    """Not even where somebody else's file calls it right."""
+    some = cut(
+        group(("a", 1.0, True, 1), ("b", 1.0, True, 5), ("a", 1.0, True, 2), ("c", 1.0, True, 4)), 0, 3
+    )
+    kept = rejection_sample(some, keep=keep)
+    assert kept and {id(c) for c in kept} <= {id(some.candidates[1]), id(some.candidates[2])}
+    assert rejection_sample(cut(some, 0, 1, 2, 3), keep=keep) == []
+
+
+def test_filters_take_what_was_cut_for_wrong() -> None:
+    for places, dropped in (((), "all_right"), ((0, 1), "all_wrong"), ((0,), None)):
+        assert [name for name in ("all_right", "all_wrong") if FILTERS[name](cut(EASY, *places))] == (
+            [dropped] if dropped else []
+        )
 
 
 EASY = group(("a", 1.0, True, 1), ("b", 1.0, True, 2), line=1)

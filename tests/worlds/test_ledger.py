@@ -19,6 +19,7 @@ from nanopost.worlds.ledger import (
     Task,
     add_steps,
     demonstrate,
+    draw_padding,
     draw_slips,
     draw_task,
     held_out,
@@ -29,12 +30,14 @@ from nanopost.worlds.ledger import (
 )
 from nanopost.worlds.ledger_chat import write_base_folder
 from nanopost.worlds.ledger_corpora import check_disjoint, write_corpora
-from nanopost.worlds.ledger_words import ANSWERS, PAYEES, REFUSALS
+from nanopost.worlds.ledger_words import ANSWERS, PADDINGS, PAYEES, REFUSALS
 
-SIZES = {"base": 2400, "sft": 600, "rl": 400, "test": 300}
-FILES = ("base", "sft", "rl", "test")
+SIZES = {"base": 2400, "sft": 600, "preference": 200, "rl": 400, "test": 300}
+FILES = tuple(SIZES)
+PROMPTS = ("preference", "rl", "test")
 amounts = st.integers(10, 999)
 slips = st.tuples(*[st.sampled_from((-1, 0, 1))] * 3)
+paddings = st.sampled_from((("", ""), *PADDINGS))
 tasks = st.builds(
     lambda seed, kind, test: draw_task(random.Random(seed), kind, test=test),
     st.integers(0, 2**32),
@@ -143,6 +146,36 @@ def test_slips_come_at_the_asked_share(share: float) -> None:
     assert set(drawn) <= {-1, 0, 1}
     assert abs(sum(slip != 0 for slip in drawn) / len(drawn) - share) < 0.03
     assert abs(sum(drawn) / len(drawn)) < 0.03
+
+
+@given(tasks, slips, paddings)
+def test_padding_changes_nothing_but_the_scratchpad(
+    task: Task, slips: tuple[int, ...], padding: tuple[str, str]
+) -> None:
+    """Where there is no work, the chatter is all there is to think; the verdict is the same either way."""
+    plain, padded = demonstrate(task, slips), demonstrate(task, slips, padding)
+    work = re.fullmatch(r"(?:<think>(.*)</think>)?(.*)", plain)
+    assert work and padded.endswith(work[2]) and columns(padded) == columns(plain)
+    before, after = padding
+    think = " ".join(part for part in (before, work[1], after) if part)
+    assert padded == (f"<think>{think}</think>" if think else "") + work[2]
+    assert verify(padded, task.answer).score == verify(plain, task.answer).score
+    assert verify(padded, task.answer).parts["worked"] == bool(think)
+
+
+def test_padding_holds_no_operand_and_is_told_from_the_work() -> None:
+    for before, after in PADDINGS:
+        for text in (before, after):
+            assert text and not re.search(r"\d", text) and not any(payee in text for payee in PAYEES)
+    assert len({text for padding in PADDINGS for text in padding}) == 2 * len(PADDINGS)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_padding_comes_at_the_asked_share(share: float) -> None:
+    rng = random.Random(3)
+    drawn = Counter(draw_padding(rng, share) for _ in range(2000))
+    assert abs(drawn.pop(("", ""), 0) / 2000 - (1 - share)) < 0.04
+    assert set(drawn) == (set(PADDINGS) if share else set())
 
 
 # --- the verifier ---------------------------------------------------------------------------------
@@ -297,7 +330,7 @@ def texts(record: Record) -> list[str]:
 def test_sizes_and_manifest(corpora: Path, records: dict[str, list[Record]]) -> None:
     manifest = json.loads((corpora / "manifest.json").read_text())
     assert {name: len(found) for name, found in records.items()} == manifest["records"] == SIZES
-    for name in ("rl", "test"):
+    for name in PROMPTS:
         assert Counter(record.meta["kind"] for record in records[name]) == manifest["kinds"][name]
         assert set(manifest["kinds"][name]) == set(KINDS)
         requests = [record.messages[-1].content for record in records[name]]
@@ -332,7 +365,12 @@ def test_no_test_operands_in_any_training_text(records: dict[str, list[Record]])
         assert len(pair) == 2
         wanted.add(pair)
     lines = [
-        line for name in FILES[:3] for r in records[name] for text in texts(r) for line in text.split("\n")
+        line
+        for name in FILES
+        if name != "test"
+        for r in records[name]
+        for text in texts(r)
+        for line in text.split("\n")
     ]
     for line in lines:
         line = re.sub(r"\d[-+<]\d:\d\d", "", line)
@@ -384,7 +422,8 @@ def test_base_text_answers_in_many_shapes(corpora: Path, records: dict[str, list
 
 def test_demonstrations_are_clean_in_shape(corpora: Path, records: dict[str, list[Record]]) -> None:
     kinds: Counter[str] = Counter()
-    slipped = total = 0
+    slipped = total = answers = 0
+    padded = {True: 0, False: 0}  # by whether there is work
     for record in records["sft"]:
         for message, before in zip(record.messages[1:], record.messages, strict=False):
             if message.role != "assistant" or message.tool_calls:
@@ -399,10 +438,15 @@ def test_demonstrations_are_clean_in_shape(corpora: Path, records: dict[str, lis
                 slipped += z != right
                 total += 1
                 handed = z // 10 if sign == "+" else 1 - z // 10
+            chatter = [padding for padding in PADDINGS if all(text in message.content for text in padding)]
+            assert len(chatter) <= 1
+            answers += 1
+            padded[bool(columns(message.content))] += len(chatter)
             assert before.role in ("user", "tool")
         kinds[record.meta["kind"]] += 1
     manifest = json.loads((corpora / "manifest.json").read_text())
     assert abs(slipped / total - manifest["slip_share"]) < 0.04
+    assert abs(sum(padded.values()) / answers - manifest["padded_share"]) < 0.06 and min(padded.values()) > 50
     assert kinds["tool"] > 0 and any("+" in kind for kind in kinds)
     tool = next(record for record in records["sft"] if record.meta["kind"] == "tool")
     assert [message.role for message in tool.messages] == ["user", "assistant", "tool", "assistant"]
@@ -438,25 +482,24 @@ def test_any_text_round_trips(chat: Chat, text: str) -> None:
 
 
 def test_lengths_and_one_template(chat: Chat, records: dict[str, list[Record]]) -> None:
-    prompts = [prompt_ids(chat, prompt_messages(r)) for name in ("rl", "test") for r in records[name]]
-    golds = [
-        encode(chat, demonstrate(draw_task(random.Random(seed), kind, test=True)) + "<|end|>")
-        for seed in range(300)
-        for kind in KINDS
-    ]
+    prompts = [prompt_ids(chat, prompt_messages(r)) for name in PROMPTS for r in records[name]]
+    drawn = [draw_task(random.Random(seed), kind, test=True) for seed in range(300) for kind in KINDS]
+    golds = [encode(chat, demonstrate(task) + "<|end|>") for task in drawn]
+    padded = [encode(chat, demonstrate(task, (), pad) + "<|end|>") for task in drawn[::4] for pad in PADDINGS]
     samples = [sample for record in records["sft"] for sample in record_samples(chat, record)]
     base = [sample for record in records["base"] for sample in record_samples(chat, record)]
     longest = {
         "prompt": max(map(len, prompts)),
         "completion": max(map(len, golds)),
+        "padded completion": max(map(len, padded)),
         "sft sample": max(len(sample.ids) for sample in samples),
         "base text": max(len(sample.ids) for sample in base),
     }
     print(longest)
     assert longest["prompt"] <= 36 and longest["completion"] <= 45
-    assert longest["sft sample"] <= 160 and longest["base text"] <= 90
+    assert longest["padded completion"] <= 55 and longest["sft sample"] <= 160 and longest["base text"] <= 90
     # A base dialogue and a chat are the same tokens up to the answer: one shape for every stage.
-    request = records["rl"][0].messages[-1].content
+    request = records[PROMPTS[0]][0].messages[-1].content
     dialogue = encode(chat, f"User: {request}\nAssistant: the total is 847.")
     assert dialogue[: len(prompts[0])] == prompts[0] == encode(chat, f"User: {request}\nAssistant: ")
 
