@@ -31,6 +31,7 @@ from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, Sample, read_jsonl
 from nanopost.evals.candidates import write_lines
+from nanopost.evals.reference import data_id
 from nanopost.evals.teacher import check_tokenizers, fitting_prompts, name_teachers, text_lines, top_k_kl
 from nanopost.models.weights import load_config, load_model, random_model, save_model
 from nanopost.report import write_report
@@ -50,9 +51,9 @@ READS: dict[str, dict[str, Any]] = {
 }
 RANGES = {  # what a number must be, where it is read; the losses refuse the ends that they cannot have
     "at least 1": ("batch_size micro_batch samples max_new_tokens", lambda x: x >= 1),
-    "at least 0": ("steps max_length top_k_teacher temperature hidden_weight", lambda x: x >= 0),
-    "above 0": ("epochs kd_temperature", lambda x: x > 0),
-    "between 0 and 1": ("top_p jsd_beta sft_weight", lambda x: 0 <= x <= 1),
+    "at least 0": ("steps max_length top_k_teacher temperature hidden_weight lr warmup", lambda x: x >= 0),
+    "above 0": ("epochs kd_temperature max_grad_norm", lambda x: x > 0),
+    "between 0 and 1": ("top_p jsd_beta sft_weight final_lr", lambda x: 0 <= x <= 1),
 }
 
 
@@ -62,7 +63,7 @@ class Config:
     mode: Literal["text", "logits", "on-policy"]  # what the student learns from
     model: Path  # the student: folder in hub format to start from
     data: Path  # JSONL: chats; with text and a teacher, and with on-policy, their prompts alone
-    teacher: Path | None = None  # folder in hub format; the same tokenizer unless the mode is text
+    teacher: Path | None = None  # folder in hub format; the same tokens and stop tokens but for text
     out: Path = Path("runs/distill")  # run folder: metrics, the teacher's texts, states, model
     eval_data: Path | None = None  # JSONL of held-out records
     from_scratch: bool = False  # random weights of DIR's config.json instead of its model.safetensors
@@ -120,12 +121,13 @@ def main(cfg: Config) -> None:
     cfg, chat, records = settle(cfg), load_chat(cfg.model), read_jsonl(cfg.data)
     if cfg.batch_size % ranks:
         raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the number of ranks ({ranks})")
-    decoding = {n: getattr(cfg, n) for n in (*SAMPLING, "samples", "seed")} if cfg.mode == "text" else {}
+    decoding = {n: getattr(cfg, n) for n in (*SAMPLING, "samples", "seed")} if cfg.samples else {}
     if cfg.mode != "text":
         check_tokenizers(chat, load_chat(cfg.teacher))
         if load_chat(cfg.teacher).template != chat.template:
             distributed.main_print("the teacher reads the student's chat template, which is not its own")
     env = {"template": chat.version, "teachers": name_teachers(cfg.teacher, records, decoding)}
+    env |= {"mode": cfg.mode, "divergence": cfg.divergence, "data": data_id(cfg.data) if decoding else None}
     run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
@@ -133,10 +135,12 @@ def main(cfg: Config) -> None:
     context = min(load_config(folder).max_position_embeddings for folder in readers)
     longest = min(cfg.max_length or context, context)
 
-    def samples_of(records: list[Record]) -> list[Sample]:
+    def tasks_of(records: list[Record]) -> list:
+        """What a step draws from: samples, or on-policy the tokens of prompts."""
+        if cfg.mode == "on-policy":
+            return fitting_prompts(chat, records, context - cfg.max_new_tokens)
         every = [(record, sample) for record in records for sample in record_samples(chat, record)]
-        long = [(record, sample) for record, sample in every if len(sample.ids) > longest + 1]
-        if long:
+        if long := [(record, sample) for record, sample in every if len(sample.ids) > longest + 1]:
             record, sample = long[0]
             first = f"first: {record.file}:{record.line}, {len(sample.ids)} tokens"
             told = f"left out {len(long)} of {len(every)} samples over {longest} tokens"
@@ -159,19 +163,15 @@ def main(cfg: Config) -> None:
         model, speaker = distributed.shard(load_model(cfg.teacher).to(device)), load_chat(cfg.teacher)
         prompts = fitting_prompts(speaker, records, model.config.max_position_embeddings - cfg.max_new_tokens)
         done = draw(model, speaker.stop_ids, prompts, 0, cfg.samples)
-        mine = text_lines(speaker, distributed.shard_rows(records), done, env["teachers"][0])
-        lines = distributed.join_rows(mine)
-        if lost := lines.count(None):
-            distributed.main_print(f"left out {lost} of {len(lines)} texts: blank, or cut at max_new_tokens")
+        mine, named = distributed.shard_rows(records), env["teachers"][0]
+        lines = distributed.join_rows(text_lines(speaker, chat, mine, done, named))
+        if lost := [line for line in lines if isinstance(line, str)]:
+            distributed.main_print(f"left out {len(lost)} of {len(lines)} texts (first: {lost[0]})")
+        if len(lost) == len(lines):  # said on every rank: none waits for another
+            raise ValueError(f"{path}: none of {len(lines)} texts can be learnt from (first: {lost[0]})")
         if distributed.is_main():
-            write_lines(path, [line for line in lines if line])
+            write_lines(path, [line for line in lines if isinstance(line, dict)])
         distributed.barrier()
-
-    def tasks_of(records: list[Record]) -> list:
-        """What a step draws from: samples, or on-policy the tokens of prompts."""
-        if cfg.mode != "on-policy":
-            return samples_of(records)
-        return fitting_prompts(chat, records, context - cfg.max_new_tokens)
 
     if cfg.mode == "text" and cfg.teacher:
         if not (cfg.resume and (run / "teacher.jsonl").exists()):

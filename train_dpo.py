@@ -10,10 +10,10 @@ single completions, liked or disliked (F18), orpo and simpo no reference (F19, F
     torchrun --nproc-per-node 8 train_dpo.py --model runs/sft/model --data pairs.jsonl --out runs/dpo
 
 The reference never changes: its log-probs are scored once, kept by sample in OUT/logps, and it is dropped.
-margin in the line is β·h; β(ℓ⁺ − ℓ⁻) for simpo, ℓ⁺ − ℓ⁻ for orpo, ±β(r − z) of each row for kto. kl_ref is a
-k3 estimate of KL(π_ref ‖ π_θ) per token, unbiased where the reference sampled the pairs. Delta to Rafailov et
-al. 2023: AdamW, not RMSprop; to Ethayarajh et al. 2024: kto's z is the mean over the step's mismatched pairs,
-not a micro-batch's, and the data fix each pair: a batch of one has its own.
+margin in the line is β·h; β(ℓ⁺ − ℓ⁻) for simpo, ℓ⁺ − ℓ⁻ for orpo, ±β(r − z) of each row for kto. kl_from_ref
+is a k3 estimate of KL(π_ref ‖ π_θ) per token, for orpo and simpo from the start; unbiased if π_ref sampled
+the pairs. Delta to Rafailov et al. 2023: AdamW, not RMSprop; to Ethayarajh et al. 2024: kto's z is the mean
+over the step's mismatched pairs, not a micro-batch's, and the data fix each: a batch of one has its own.
 """
 
 import time
@@ -59,7 +59,7 @@ LOSSES = {
     "robust": Loss(partial(losses.dpo_loss, robust=True), {"beta": 0.1, "label_smoothing": 0.1}),
 }
 MEANS = {"margin": "units", "accuracy": "units", "chosen_change": "chosen", "rejected_change": "rejected"}
-MEANS |= {"kl_ref": "tokens", "sft": "chosen_tokens"}  # what the numbers of a line are means over
+MEANS |= {"kl_from_ref": "tokens", "sft": "chosen_tokens"}  # what the numbers of a line are means over
 TIE = 1e-4  # nats: what is nearer to 0 is rounding
 FALLING = """chosen_change < 0: the chosen completions are less likely than at the start. The margin may grow
 while both sides fall: the mass moves to texts that nobody compared. --sft-weight or --loss ipo hold it."""
@@ -104,11 +104,13 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
-    for name, low in {"batch_size": 1, "micro_batch": 1, "sft_weight": 0}.items():
+    least = {"batch_size": 1, "micro_batch": 1, "steps": 0, "sft_weight": 0, "lr": 0, "weight_decay": 0}
+    for name, low in least.items():
         if not getattr(cfg, name) >= low:
             raise ValueError(f"{name} must be at least {low}, got {getattr(cfg, name)}")
-    if cfg.steps < 0 or not cfg.epochs > 0:
-        raise ValueError(f"steps must be at least 0 and epochs above 0, got {cfg.steps} and {cfg.epochs}")
+    if not (cfg.epochs > 0 and cfg.max_grad_norm > 0):
+        raise ValueError(f"epochs and max_grad_norm must be above 0, got {cfg.epochs}, {cfg.max_grad_norm}")
+    optim.schedule(0, steps=1, warmup=min(cfg.warmup, 1), kind=cfg.schedule, final=cfg.final_lr)
     if cfg.batch_size % ranks:
         raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the number of ranks ({ranks})")
     loss, flags = LOSSES[cfg.loss], {"ref_model", *(name for row in LOSSES.values() for name in row.numbers)}
@@ -127,18 +129,17 @@ def main(cfg: Config) -> None:
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
-    run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
+    run = metrics.open_run(cfg.out, cfg, env={"template": chat.version, "loss": cfg.loss}, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     context = min(load_config(folder).max_position_embeddings for folder in (cfg.model, ref_model))
     longest = min(cfg.max_length or context, context)
 
     def example_of(record: PreferenceRecord) -> Example:
-        place = f"{record.file}:{record.line}"
+        place, at = f"{record.file}:{record.line}", {"file": record.file, "line": record.line}
         if isinstance(record, Preference):
             return Example(place, preference_samples(chat, record), (True, False))
         if isinstance(record, Labelled) and loss.unit == "row":
-            at = {"file": record.file, "line": record.line}
             sample = completion_sample(chat, record.prompt, record.completion, **at)
             return Example(place, (sample,), (record.label,))
         raise ValueError(f"{place}: loss={cfg.loss} cannot use a record of {type(record).__name__.lower()}")
@@ -234,7 +235,7 @@ def main(cfg: Config) -> None:
                 "accuracy": (wins > TIE).sum() + 0.5 * (wins.abs() <= TIE).sum(),
                 "chosen_change": change[liked].sum(),
                 "rejected_change": change[~liked].sum(),
-                "kl_ref": losses.kl_estimate(ref, logps, kind="k3")[mask].sum(),
+                "kl_from_ref": losses.kl_estimate(ref, logps, kind="k3")[mask].sum(),
                 "sft": nll[chosen].sum(),
             }
         return total, {name: float(value.detach()) for name, value in sums.items()}
@@ -279,8 +280,7 @@ def main(cfg: Config) -> None:
             line |= evaluate()
         metrics.write_record(run, step, line)
         distributed.main_print(metrics.format_line(step, steps, line))
-        if not fell and (line["chosen_change"] or 0.0) < -TIE:
-            fell = True
+        if not fell and (fell := (line["chosen_change"] or 0.0) < -TIE):
             distributed.main_print(FALLING)
         if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
             checkpoint.save_state(run, step + 1, policy, optimizer)

@@ -79,11 +79,13 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
-    for name in ("batch_size", "micro_batch"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
-    if cfg.steps < 0 or not cfg.epochs > 0:
-        raise ValueError(f"steps must be at least 0 and epochs above 0, got {cfg.steps} and {cfg.epochs}")
+    least = {"batch_size": 1, "micro_batch": 1, "steps": 0, "lr": 0, "weight_decay": 0}
+    for name, low in least.items():
+        if not getattr(cfg, name) >= low:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(cfg, name)}")
+    if not (cfg.epochs > 0 and cfg.max_grad_norm > 0):
+        raise ValueError(f"epochs and max_grad_norm must be above 0, got {cfg.epochs}, {cfg.max_grad_norm}")
+    optim.schedule(0, steps=1, warmup=min(cfg.warmup, 1), kind=cfg.schedule, final=cfg.final_lr)
     if cfg.batch_size % ranks:
         raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the number of ranks ({ranks})")
     if cfg.margin and cfg.labels != "pairs":
@@ -92,7 +94,9 @@ def main(cfg: Config) -> None:
     if cfg.audit and not audited:
         raise ValueError(f"audit={cfg.audit} compares whole answers, labels={cfg.labels} does not score them")
     chat = load_chat(cfg.model)
-    run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
+    run = metrics.open_run(
+        cfg.out, cfg, env={"template": chat.version, "labels": cfg.labels}, resume=cfg.resume
+    )
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     context = load_config(cfg.model).max_position_embeddings
@@ -132,15 +136,21 @@ def main(cfg: Config) -> None:
 
     train = examples_of(cfg.data)
     held_out = examples_of(cfg.eval_data) if cfg.eval_data else []
-    audit_pairs = audit.read_audit(cfg.audit) if audited else []
-    try:
-        audit_examples = [example_of(pair) for pair in audit_pairs]
-        if audit_examples and (size := max(map(tokens_of, audit_examples))) > context:
-            raise ValueError(
-                f"{audit_pairs[0].file}: a pair has {size} tokens, the model's context {context}"
-            )
-    except ValueError as error:
-        raise ValueError(f"{error}: pass --audit FILE with pairs that this model can read") from error
+    audit_pairs, unread = [], []  # what this model can read; of nanopost's own pairs the others are left out
+    for pair in audit.read_audit(cfg.audit) if audited else []:
+        try:
+            if (size := tokens_of(example_of(pair))) > context:
+                place = f"{pair.file}:{pair.line}"
+                raise ValueError(f"{place}: the pair has {size} tokens, the model's context {context}")
+            audit_pairs.append(pair)
+        except ValueError as error:
+            if cfg.audit:
+                raise ValueError(f"{error}: audit={cfg.audit} must have pairs this model can read") from error
+            unread.append(error)
+    if unread:
+        told = f"left out {len(unread)} of {len(unread) + len(audit_pairs)} audit pairs"
+        distributed.main_print(f"{told} (first: {unread[0]}); --audit FILE takes others")
+    audit_examples, audited = [example_of(pair) for pair in audit_pairs], bool(audit_pairs)
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     model = load_score_model(cfg.model, labels=len(SCORES[cfg.labels]))

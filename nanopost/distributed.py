@@ -162,7 +162,8 @@ def join_rows(rows: Sequence[T]) -> list[T]:
     """Every rank's rows as one list that all ranks share, in the order of the ranks: `shard_rows` undone.
 
     Args:
-        rows: this rank's part, of any length; numbers, strings or tensors on the CPU.
+        rows: this rank's part, of any length; numbers, strings or tensors on the CPU. A tensor that is a view
+            travels with all that it is a view of: clone it first.
     Returns:
         The whole list.
     """

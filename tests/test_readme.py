@@ -21,13 +21,18 @@ SHELL = [
     for line in block.splitlines()
 ]
 LEFT_OUT = {"build", "dist", "runs"} | {path.name for path in ROOT.glob(".*")}
-SCRIPTS = [line for line in SHELL if "train_" in line]
-SHORT = {"train_sft.py": "", "train_grpo.py": "--steps 1 --max-new-tokens 4 --prompts-per-step 2"}
+SCRIPTS = [line for line in SHELL if "train_" in line or "candidates" in line]  # what works on one's own data
+SAMPLED = "--steps 1 --max-new-tokens 4"
+SHORT = {
+    "train_grpo.py": f"{SAMPLED} --prompts-per-step 2",
+    "train_ppo.py": f"{SAMPLED} --prompts-per-step 2",
+    "train_distill.py": f"{SAMPLED} --batch-size 2",
+}
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A working folder with what the commands name: scripts, a model DIR, chats.jsonl, gsm8k/train.jsonl."""
+    """A working folder with what the commands name: scripts, a model DIR, chats.jsonl, two files of GSM8K."""
     folder = tmp_path_factory.mktemp("readme")
     for path in ROOT.glob("train_*.py"):
         (folder / path.name).symlink_to(path)
@@ -36,6 +41,12 @@ def checkout(tmp_path_factory) -> Path:
     (folder / "gsm8k").mkdir()
     problem = {"question": "What is 2+2?", "answer": "2+2=4\n#### 4"}
     (folder / "gsm8k/train.jsonl").write_text((json.dumps(problem) + "\n") * 4, encoding="utf-8")
+    solved = {
+        "6b": {"is_correct": False, "solution": "A: 5"},
+        "175b": {"is_correct": True, "solution": "A: 4"},
+    }
+    solved |= {"question": "What is 2+2?", "ground_truth": "2+2=4\nA: 4"}
+    (folder / "gsm8k/model_solutions.jsonl").write_text(json.dumps(solved) + "\n", encoding="utf-8")
     return folder
 
 
@@ -46,18 +57,20 @@ def free_port() -> int:
 
 
 def test_the_scripts_commands_run_one_after_the_other(checkout):
-    assert len(SCRIPTS) >= 3
+    assert {path.name for path in ROOT.glob("train_*.py")} == {
+        word for line in SCRIPTS for word in line.split() if word.endswith(".py")
+    }
     for line in SCRIPTS:
         program, *words = shlex.split(line)
-        script = next(word for word in words if word.endswith(".py"))
+        script = next((word for word in words if word.endswith(".py")), "")
         run = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else [])]
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         env["PET_MASTER_PORT"] = str(free_port())  # torchrun's default is one port for all its runs
-        command = [*run, *words, *SHORT[script].split()]
+        command = [*run, *words, *SHORT.get(script, "").split()]
         done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
-        out = words[words.index("--out") + 1]
-        assert (checkout / out / "model/model.safetensors").is_file(), line
+        out = checkout / words[words.index("--out") + 1]
+        assert (out / "model/model.safetensors" if script else out).is_file(), line
 
 
 def test_the_other_commands_run_from_the_checkout():

@@ -46,7 +46,8 @@ def completion_logps(
         mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         scored = model.logps(*ids, position_ids=batch.position_ids, **options)
-        logps |= zip(part, scored[mask].cpu().split(mask.sum(dim=1).tolist()), strict=True)
+        rows = scored[mask].cpu().split(mask.sum(dim=1).tolist())
+        logps |= zip(part, (row.clone() for row in rows), strict=True)  # a view drags its whole batch along
     return [logps[i] for i in range(len(samples))]
 
 

@@ -1,13 +1,14 @@
 """What distillation asks before the first step: is the teacher comparable, who is it, what does it write?"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from nanopost.data.chat import Chat, decode, load_chat, prompt_ids, prompt_messages
-from nanopost.data.schema import Record
+from nanopost.data.chat import Chat, decode, load_chat, prompt_ids, prompt_messages, record_samples
+from nanopost.data.schema import Message, Record
 from nanopost.evals.reference import weights_id
 from nanopost.losses import top_k_forward_kl
 from nanopost.losses.checks import wide
@@ -18,9 +19,14 @@ from nanopost.rollout.types import Rollout
 def check_tokenizers(student: Chat, teacher: Chat) -> None:
     """Refuse a pair whose distributions cannot be compared: an id must be the same token to both.
 
+    And the student must stop wherever the teacher does. Pulled to a stop token that is none of its own it
+    would learn to say it and go on. The other way round is no harm: what only the student ends with becomes
+    as rare as the teacher finds it.
+
     Args:
         student, teacher: of model folders in hub format, whose config.json is read for `vocab_size`.
-    Raises: ValueError with the first token whose ids differ and how many do, or the two sizes, and the cure.
+    Raises: ValueError with the first token whose ids differ and how many do, the two sizes, or the teacher's
+        stop tokens at which the student does not stop, and the cure.
     """
     cure = "use --mode text, or retrain the student with the teacher's tokenizer"
     both = f"model {student.folder} and teacher {teacher.folder}"
@@ -31,6 +37,10 @@ def check_tokenizers(student: Chat, teacher: Chat) -> None:
     sizes = [load_config(chat.folder).vocab_size for chat in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"vocab_size of {both} is {sizes[0]} and {sizes[1]}: {cure}")
+    if strange := sorted(set(teacher.stop_ids) - set(student.stop_ids)):
+        named = ", ".join(f"{i} ({teacher.tokenizer.id_to_token(i)!r})" for i in strange)
+        cure = "add them to eos_token_id in the student's generation_config.json, or use --mode text"
+        raise ValueError(f"{both}: the teacher stops at {named}, the student does not: {cure}")
 
 
 def name_teachers(
@@ -86,19 +96,21 @@ def fitting_prompts(chat: Chat, records: Sequence[Record], room: int) -> list[li
 
 
 def text_lines(
-    chat: Chat, records: Sequence[Record], rollouts: Sequence[Rollout], named: dict[str, Any]
-) -> list[dict[str, Any] | None]:
+    chat: Chat, student: Chat, records: Sequence[Record], rollouts: Sequence[Rollout], named: dict[str, Any]
+) -> list[dict[str, Any] | str]:
     """A teacher's completions as prompt+completion records that `read_jsonl` reads back.
 
     Args:
         chat: the teacher's.
+        student: the chat of the model that is to learn the texts.
         records: where the prompts are from; their answers and other keys are kept.
         rollouts: what the teacher wrote, equally many for every record, those of one adjacent.
         named: teacher, template and decoding; they go to the records' `meta`.
-    Returns: one JSON object a rollout, or None for one that is blank or was cut before its stop token: an end
-        that the teacher did not set is not to be learnt.
+    Returns: one JSON object a rollout, or the reason, with file and line of the prompt, why it is not to be
+        learnt: it was cut before its stop token (an end that the teacher did not set), it is blank, or
+        `record_samples` refuses it in the student's template and tokens (it holds the student's stop token).
     """
-    lines: list[dict[str, Any] | None] = []
+    lines: list[dict[str, Any] | str] = []
     for i, rollout in enumerate(rollouts):
         record = records[i * len(records) // len(rollouts)]
         messages = prompt_messages(record)
@@ -106,7 +118,15 @@ def text_lines(
         text, answer = decode(chat, rollout.completion_ids), {"answer": record.answer}
         line = {"prompt": prompt, "completion": [{"role": "assistant", "content": text}]}
         line |= ({} if record.answer is None else answer) | record.meta | named
-        lines.append(line if rollout.finish_reason == "stop" and text.strip() else None)
+        lines.append(line)
+        try:
+            if rollout.finish_reason != "stop" or not text.strip():
+                why = "the text is blank" if rollout.finish_reason == "stop" else "cut at max_new_tokens"
+                raise ValueError(f"{record.file}:{record.line}: {why}")
+            answered = (*messages, Message("assistant", text))
+            record_samples(student, replace(record, messages=answered, context=len(messages)))
+        except ValueError as error:
+            lines[-1] = str(error)
     return lines
 
 

@@ -67,7 +67,7 @@ class ScoreModel(nn.Module):
         return self.score(hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1])
 
 
-class ActorCritic(Llama, nn.Module):
+class ActorCritic(Llama):
     """A policy and its critic on one trunk: `lm_head` and `score` beside each other."""
 
     def __init__(self, config: LlamaConfig):
@@ -94,7 +94,7 @@ def load_score_model(
     """
     config, tensors = load_config(folder), read_tensors(folder)
     if HEAD not in tensors:
-        trunk = load_model(folder, dtype=dtype).model
+        trunk = load_model(folder, dtype=dtype, tensors=tensors).model
         with torch.device("meta"):
             model = ScoreModel(config, 1)
         model.model, model.score = trunk, zero_head(config, labels or 1, dtype=dtype)

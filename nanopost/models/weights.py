@@ -155,21 +155,19 @@ def fill(model: M, tensors: dict[str, Tensor], folder: str | Path, *, dtype: tor
     return model.requires_grad_(True)
 
 
-def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Llama:
-    """Read a Llama-family folder into a `Llama`, cast to `dtype`.
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, tensors: dict[str, Tensor] | None = None
+) -> Llama:
+    """Read a Llama-family folder into a `Llama`, cast to `dtype`; `tensors`: what `read_tensors` gave.
 
     Raises:
         ValueError: an unreadable file, a tensor twice, missing, unknown or of another shape than the config
             says; tied embeddings with a head of its own in the file that differs.
     """
-    config, tensors = load_config(folder), read_tensors(folder)
-    embedding = tensors.get("model.embed_tokens.weight")
-    if config.tie_word_embeddings and embedding is not None:
-        tied = torch.equal(tensors.setdefault(TIED, embedding), embedding)
-        if not tied:
-            raise ValueError(
-                f"{folder}: config.json ties the head to the embedding, but {TIED} differs from it"
-            )
+    config, tensors = load_config(folder), read_tensors(folder) if tensors is None else tensors
+    embedding = tensors.get("model.embed_tokens.weight") if config.tie_word_embeddings else None
+    if embedding is not None and not torch.equal(tensors.setdefault(TIED, embedding), embedding):
+        raise ValueError(f"{folder}: config.json ties the head to the embedding, but {TIED} differs from it")
     with torch.device("meta"):
         model = Llama(config)
     model = fill(model, tensors, folder, dtype=dtype)

@@ -46,6 +46,7 @@ def test_each_sample_gets_its_own_logps_in_its_own_place(model: Llama, scope: di
         batch = collate([sample])
         alone = model.logps(batch.input_ids, batch.target_ids, **scope)[batch.completion_mask]
         assert not logps.requires_grad and len(logps) == sum(sample.mask)
+        assert logps.untyped_storage().nbytes() == logps.nbytes  # no view: it is sent between ranks, and kept
         torch.testing.assert_close(logps, alone.detach(), rtol=0.0, atol=1e-12)
 
 

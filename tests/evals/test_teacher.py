@@ -29,14 +29,30 @@ def test_lines_keep_what_the_prompts_record_says_and_take_the_teachers_words(tmp
 
     done = [rollout([*word, stop], "stop"), rollout([*word, *word], "length")]
     done += [rollout([stop], "stop"), rollout([*word, stop], "stop")]
-    first, cut, blank, last = text_lines(chat, RECORDS, done, named)
-    assert cut is None and blank is None and first is not None and last is not None
+    first, cut, blank, last = text_lines(chat, chat, RECORDS, done, named)
+    assert (cut, blank) == ("d.jsonl:1: cut at max_new_tokens", "d.jsonl:2: the text is blank")
+    assert isinstance(first, dict) and isinstance(last, dict)
     (tmp_path / "t.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(last) + "\n")
     one, two = read_jsonl(tmp_path / "t.jsonl")
     assert [m.content for m in one.messages] == ["a", "z"] and one.context == 1 and one.answer == "7"
     assert [m.content for m in two.messages] == ["b", "z"] and two.answer is None
     assert one.meta == {"topic": "sums", **named} and two.meta == named
     assert name_teachers(None, [one, two], {}) == [named]  # what was named is read back, once
+
+
+def test_a_text_with_the_students_stop_token_in_it_is_left_out_and_the_others_stay(tmp_path: Path) -> None:
+    """To the teacher it is text like any other; the student would stop there."""
+    chat, student = make_chat(tmp_path / "t"), make_chat(tmp_path / "s", "header")
+
+    def rollout(text: str) -> Rollout:
+        ids = (*chat.tokenizer.encode(text).ids, chat.stop_ids[0])
+        return Rollout((1,), ids, torch.zeros(len(ids)), torch.zeros(len(ids)), "stop")
+
+    texts = ["so<|eot|> it is 7", "it is 7"]
+    bad, good = text_lines(chat, student, RECORDS, [rollout(text) for text in texts], {})
+    assert isinstance(bad, str) and "d.jsonl:1: messages[1]: there is text behind its first stop" in bad
+    assert isinstance(good, dict) and good["completion"][0]["content"] == "it is 7"
+    assert isinstance(text_lines(chat, chat, RECORDS, [rollout(text) for text in texts], {})[0], dict)
 
 
 def test_a_prompt_without_room_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from nanopost import distributed, optim
 from nanopost.data.collate import pad_ids
+from nanopost.models import weights
 from nanopost.models.heads import (
     ActorCritic,
     ScoreModel,
@@ -57,6 +58,14 @@ def test_a_language_model_gets_a_head_of_zeros(tmp_path, tied):
     model.scores(ids, lengths).sum().backward()
     assert model.score.weight.grad.abs().max() > 0.1  # the head is trained from the first step on
     assert load_score_model(tmp_path).score.weight.shape == (1, 20)
+
+
+def test_a_language_models_file_is_read_once(tmp_path, monkeypatch):
+    language_model(tmp_path)
+    read: list[Path] = []
+    monkeypatch.setattr(weights, "load_file", lambda path: read.append(path) or load_file(path))
+    load_score_model(tmp_path, labels=2)
+    assert read == [tmp_path / "model.safetensors"]
 
 
 @pytest.mark.parametrize("labels", [1, 5])

@@ -70,7 +70,7 @@ MUTANTS = [
     ),
     Mutant(
         name="values-centred-over-the-batch",
-        source="verl#850",
+        source="our own",
         story="Values are normalised over the micro-batch: a row's value depends on its neighbours.",
         file=HEADS,
         before="    return scores.squeeze(-1)\n",
@@ -79,7 +79,7 @@ MUTANTS = [
     ),
     Mutant(
         name="a-head-that-starts-at-random",
-        source="trl#872",
+        source="our own",
         story="A random head prefers one answer before any label was seen: the first loss is not log 2.",
         file=HEADS,
         before="    nn.init.zeros_(head.weight)\n",
@@ -109,7 +109,7 @@ MUTANTS = [
     ),
     Mutant(
         name="values-without-their-hook",
-        source="torchtune#2172",
+        source="our own",
         story="FSDP knows the forward pass and the log-probs only: a critic's values meet sharded weights.",
         file=DISTRIBUTED,
         before='METHODS = ("logps", "values", "scores")',
@@ -127,7 +127,7 @@ MUTANTS = [
     ),
     Mutant(
         name="scores-in-the-order-of-lengths",
-        source="open-instruct#1484",
+        source="our own",
         story="Scores come back sorted by length: rewards belong to other answers.",
         file=ROLLOUTS,
         before="    return torch.stack([scores[i] for i in range(len(sequences))])\n",
@@ -136,7 +136,7 @@ MUTANTS = [
     ),
     Mutant(
         name="audit-categories-mixed-up",
-        source="trl#6443",
+        source="our own",
         story="Each audit score lands in its neighbour's category: a model that never refuses looks polite.",
         file=AUDIT,
         before="for i, own in enumerate(categories) if own == name]",
@@ -145,7 +145,7 @@ MUTANTS = [
     ),
     Mutant(
         name="ties-are-wins",
-        source="trl#6380",
+        source="our own",
         story="A model that says the same of everything has an accuracy of 1.",
         file=AUDIT,
         before="(1.0 + leads.double().sign()) / 2.0",
@@ -154,7 +154,7 @@ MUTANTS = [
     ),
     Mutant(
         name="shorter-and-longer-swapped",
-        source="slime#548",
+        source="our own",
         story="The bias towards length is reported with the wrong sign.",
         file=AUDIT,
         before="sizes = (longer < 0, longer > 0)",
@@ -181,7 +181,7 @@ MUTANTS = [
     ),
     Mutant(
         name="steps-read-one-token-late",
-        source="verl#3287",
+        source="our own",
         story="A step's score is read behind its end, on the first token of the next one.",
         file=SCRIPT,
         before="return [sample], [list(ends)],",
@@ -195,15 +195,33 @@ MUTANTS = [
         file=SCRIPT,
         before='mode="token_mean", denom=denom)',
         after='mode="token_mean", denom=float(mask.sum()) * len(examples) / len(part))',
-        killer=f"{TEST_SCRIPT}::test_micro_batches_and_ranks_change_nothing[attributes-1]",
+        killer=f"{TEST_SCRIPT}::test_micro_batches_and_ranks_change_nothing[attributes-micro]",
     ),
     Mutant(
         name="chosen-and-rejected-swapped-at-evaluation",
-        source="trl#6443",
+        source="our own",
         story="Held-out pairs are compared the wrong way round: the better the model, the worse it looks.",
         file=SCRIPT,
         before="audit.pair_evaluation(scores.view(-1, 2), tokens",
         after="audit.pair_evaluation(scores.view(-1, 2).flip(1), tokens",
         killer=f"{TEST_SCRIPT}::test_it_learns_the_word_that_decides",
+    ),
+    Mutant(
+        name="weight-decay-dropped",
+        source="our own",
+        story="--weight-decay is taken, and never handed to the optimiser.",
+        file=SCRIPT,
+        before="weight_decay=cfg.weight_decay",
+        after="weight_decay=0.0",
+        killer=f"{TEST_SCRIPT}::test_gradients_clipped_to_nothing_leave_the_decay_of_matrices",
+    ),
+    Mutant(
+        name="a-language-models-file-read-twice",
+        source="our own",
+        story="The weights are read to look for a head, and again to load them: two copies at once.",
+        file=HEADS,
+        before="load_model(folder, dtype=dtype, tensors=tensors)",
+        after="load_model(folder, dtype=dtype)",
+        killer=f"{TEST_HEADS}::test_a_language_models_file_is_read_once",
     ),
 ]

@@ -26,6 +26,7 @@ from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample, read_jsonl
 from nanopost.models.weights import load_model, random_model, save_model, write_config
 from nanopost.rollout.sampler import row_uniforms, sample
+from nanopost.rollout.types import Rollout
 from tests.chat_fixtures import byte_tokenizer, make_chat
 from tests.ranks import run_script
 from tests.tiny import TINY, hub_folder, write_chats
@@ -149,19 +150,60 @@ def test_text_is_written_down_with_its_origin_and_learnt(start, tmp_path):
 def test_texts_without_an_end_are_left_out_and_counted(start, tmp_path):
     """What is written is what the sampler says, each text under its own prompt."""
     _, teacher, data = start
-    printed = train(start, "text", tmp_path / "run", "--steps", "1", "--temperature", "1.5", "--samples", "2")
+    flags = ["--steps", "1", "--temperature", "1.5", "--top-p", "0.9", "--samples", "2"]
+    printed = train(start, "text", tmp_path / "run", *flags)
     kept = read_jsonl(tmp_path / "run/teacher.jsonl")
     assert f"left out {48 - len(kept)} of 48 texts" in printed and len(kept) < 48
     chat, model, given = load_chat(teacher), load_model(teacher), read_jsonl(data)
     prompts = [prompt_ids(chat, prompt_messages(record)) for record in given]
     uniforms = row_uniforms(seed=0, step=0, prompts=range(24), group_size=2, count=12)
     options = {"max_new_tokens": 12, "stop_ids": chat.stop_ids, "temperature": 1.5, "uniforms": uniforms}
+    options |= {"top_p": 0.9}
     wanted = []
     for n, rollout in enumerate(sample(model, prompts, group_size=2, **options)):
         text = chat.tokenizer.decode(list(rollout.completion_ids[:-1]), skip_special_tokens=False)
         if rollout.finish_reason == "stop" and text.strip():
             wanted.append((prompt_messages(given[n // 2]), text))
     assert [(prompt_messages(record), record.messages[-1].content) for record in kept] == wanted
+
+
+def test_a_text_with_the_students_stop_token_is_left_out_and_the_run_goes_on(start, tmp_path):
+    """To the teacher of another template it is plain text, to the student an end with text behind it."""
+    student, chat = small_folder(tmp_path / "header", kind="header"), load_chat(start[1])
+    line = chat.tokenizer.encode("so<|eot|> it is 7").ids
+
+    def tell(*given: object, **options: object) -> list[Rollout]:
+        done = sample(*given, **options)
+        ids = (*line, chat.stop_ids[0])
+        zeros = torch.zeros(len(ids))
+        return [Rollout(done[0].prompt_ids, ids, zeros, zeros, "stop"), *done[1:]]
+
+    with patch("nanopost.rollout.sampler.sample", tell):
+        printed = train((student, *start[1:]), "text", tmp_path / "run", "--steps", "1")
+    kept = read_jsonl(tmp_path / "run/teacher.jsonl")
+    assert f"left out {24 - len(kept)} of 24 texts (first: " in printed
+    assert "chats.jsonl:1: messages[1]: there is text behind its first stop token" in printed
+    assert len(kept) > 12 and "<|eot|>" not in (tmp_path / "run/teacher.jsonl").read_text()
+
+
+def test_a_rank_that_does_not_write_hears_of_no_texts_as_well(start, tmp_path):
+    """Not only the one that writes: it would wait for the others at the barrier, and they for it."""
+    told = r"teacher.jsonl: none of 24 texts can be learnt from \(first: .*chats.jsonl:1: cut at max_new"
+    with (
+        patch("nanopost.distributed.is_main", lambda: False),
+        pytest.raises(ValueError, match=told),
+    ):
+        train(start, "text", tmp_path / "run", "--max-new-tokens", "1")
+
+
+def test_from_scratch_draws_the_weights_of_the_seed(start, tmp_path):
+    """And gradients clipped to nothing leave the decay alone: θ ← θ − lr·λ·θ on matrices."""
+    flags = ["--steps", "1", "--from-scratch", "--seed", "3", "--warmup", "1"]
+    flags += ["--weight-decay", "0.5", "--max-grad-norm", "1e-14"]
+    train(start, "logits", tmp_path / "run", *flags)
+    for name, tensor in random_model(start[0], seed=3).state_dict().items():
+        share = 1 - 0.01 * 0.5 if tensor.ndim == 2 else 1.0
+        torch.testing.assert_close(weights(tmp_path / "run")[name], share * tensor, rtol=1e-6, atol=1e-7)
 
 
 # ---- the numbers
@@ -227,12 +269,14 @@ def test_the_line_is_what_float64_says(start, tmp_path, name):
 def test_on_policy_the_teacher_scores_the_students_own_tokens(start, tmp_path, name):
     """Both at the sampler's temperature, on the very tokens it drew; the default is the reverse KL."""
     flags = ["--steps", "1", "--batch-size", "24", "--micro-batch", "5", "--temperature", "1.5"]
+    flags += ["--top-p", "0.8"] * (name == "jsd")
     train(start, "on-policy", tmp_path / "run", *flags, *DIVERGENCES.get(name, []))
     chat, (told,) = load_chat(start[0]), records(tmp_path / "run")
     prompts = [prompt_ids(chat, prompt_messages(record)) for record in read_jsonl(start[2])]
     order = step_indices(seed=0, step=0, batch_size=24, size=24)
     uniforms = row_uniforms(seed=0, step=0, prompts=range(24), group_size=1, count=12)
     options = {"max_new_tokens": 12, "stop_ids": chat.stop_ids, "temperature": 1.5, "uniforms": uniforms}
+    options |= {"top_p": 0.8} if name == "jsd" else {}
     drawn = sample(load_model(start[0]), [prompts[i] for i in order], **options)
     wanted = expected(start, [r.sample for r in drawn], "reverse" if name == "default" else name, 1.5)
     for key, value in wanted.items():
@@ -335,6 +379,15 @@ def test_resume_continues_bit_for_bit(start, tmp_path, mode):
     if mode == "text":
         with pytest.raises(ValueError, match=r"teachers: .* was started with"):
             train(start, mode, cut, "--resume", "--temperature", "0.5")
+        other = write_chats(tmp_path / "other.jsonl", 24, seed=1)
+        with pytest.raises(ValueError, match=r"data: .* was started with"):
+            train((*start[:2], other), mode, cut, "--resume")
+    else:
+        another = "on-policy" if mode == "logits" else "logits"
+        with pytest.raises(ValueError, match=f"mode: .* was started with '{mode}', this start has"):
+            train(start, another, cut, "--resume")
+        with pytest.raises(ValueError, match=r"divergence: .* was started with"):
+            train(start, mode, cut, "--resume", "--divergence", "forward")
 
 
 # Several runs in one process group: importing torch takes longer than they do.
@@ -414,6 +467,22 @@ def test_another_tokenizer_of_the_same_size_is_refused(start, tmp_path):
         train((student, *start[1:]), "logits", tmp_path / "run")
 
 
+def test_a_teacher_that_stops_where_the_student_does_not_is_refused(start, tmp_path):
+    """The other way round is no harm; and the text of such a teacher can be learnt."""
+    both = [load_chat(start[1]).tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|im_start|>")]
+    teacher = shutil.copytree(start[1], tmp_path / "teacher")
+    (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": both}))
+    told = r"the teacher stops at 264 \('<\|im_start\|>'\), the student does not: add them to eos_token_id in"
+    for mode in ("logits", "on-policy"):
+        with pytest.raises(ValueError, match=told):
+            train((start[0], teacher, start[2]), mode, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train((start[0], teacher, start[2]), "text", tmp_path / "text", "--steps", "1")
+    student = shutil.copytree(start[0], tmp_path / "student")
+    shutil.copy(teacher / "generation_config.json", student)
+    train((student, start[1], start[2]), "on-policy", tmp_path / "run", "--steps", "1")
+
+
 UNREAD = [
     ("text", ["--divergence", "forward"]),
     ("text", ["--kd-temperature", "2"]),
@@ -449,11 +518,13 @@ WRONG = [
     ("logits", ["--batch-size", "0"], "batch_size must be at least 1, got 0"),
     ("logits", ["--epochs", "0"], "epochs must be above 0, got 0"),
     ("logits", ["--steps", "-1"], "steps must be at least 0, got -1"),
+    ("text", ["--warmup", "-3"], "warmup must be at least 0, got -3"),
+    ("logits", ["--final-lr", "2"], "final_lr must be between 0 and 1, got 2"),
+    ("logits", ["--max-grad-norm", "0"], "max_grad_norm must be above 0, got 0"),
     ("logits", ["--max-length", "3"], "chats.jsonl: no sample of at most 3 tokens"),
     ("on-policy", ["--max-new-tokens", "250"], r"chats.jsonl:1: the prompt has \d+ tokens, 6 leave room"),
     ("on-policy", ["--top-p", "2"], "top_p must be between 0 and 1, got 2"),
     ("text", ["--samples", "0"], "samples must be at least 1, got 0"),
-    ("text", ["--max-new-tokens", "1"], "teacher.jsonl: there is nothing to write"),
 ]
 
 
@@ -461,6 +532,7 @@ WRONG = [
 def test_bad_input_is_named(start, tmp_path, mode, flags, message):
     with pytest.raises(ValueError, match=message):
         train(start, mode, tmp_path / "run", *flags)
+    assert not (tmp_path / "run/teacher.jsonl").exists()  # before anything is sampled
 
 
 def test_a_teacher_is_always_known(start, tmp_path):

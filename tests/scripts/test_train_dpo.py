@@ -177,7 +177,7 @@ def expected(
         "accuracy": sum(win > 0 for win in wins) / len(wins),
         "chosen_change": sum(changes[True]) / len(changes[True]),
         "rejected_change": sum(changes[False]) / len(changes[False]),
-        "kl_ref": sum(kl) / len(kl),
+        "kl_from_ref": sum(kl) / len(kl),
     }
     return mean | ({"sft": sum(nll) / len(nll)} if sft else {})
 
@@ -212,7 +212,7 @@ def test_every_number_of_the_line_is_the_pages(start, tmp_path, loss, other):
     assert last["tokens"] == sum(sum(sample.mask) for sample, _ in rows)
     assert ("sft" in last) == bool(sft)
     assert {name: last[name] for name in told} == pytest.approx(told, rel=2e-4, abs=2e-5)  # float32
-    assert abs(told["chosen_change"]) > 0.01 and told["kl_ref"] > 1e-4  # something has happened
+    assert abs(told["chosen_change"]) > 0.01 and told["kl_from_ref"] > 1e-4  # something has happened
     after, every = load_model(tmp_path / "run/model"), read_preferences(held_out)
     told = expected(loss, chat, after, first, ref, every, list(range(len(every))), sft)
     evaluated = {name: last[f"eval_{name}"] for name in told}
@@ -239,7 +239,7 @@ STEP_0 = {"dpo": math.log(2), "dpo_norm": math.log(2), "robust": math.log(2), "i
 @pytest.mark.parametrize("loss", [*PAIR, "kto"])
 def test_the_card_of_step_0(start, runs, loss):
     first = runs[loss][0]
-    zero = ["chosen_change", "rejected_change", "kl_ref", *(["margin"] if loss not in ALONE else [])]
+    zero = ["chosen_change", "rejected_change", "kl_from_ref", *(["margin"] if loss not in ALONE else [])]
     assert [first[name] for name in zero] == pytest.approx([0.0] * len(zero), abs=2e-6)  # float32
     if loss not in ALONE:
         assert first["accuracy"] == 0.5 and first["loss"] == pytest.approx(STEP_0[loss], rel=1e-6)
@@ -284,6 +284,8 @@ def test_resume_continues_bit_for_bit_and_scores_nothing_again(start, tmp_path):
     hub_folder(tmp_path / "third", seed=2)
     with pytest.raises(ValueError, match=r"reference\.safetensors: log-probs under the weights"):
         train((start[0], mixed), cut, resume=True, **(flags | {"ref_model": tmp_path / "third"}))
+    with pytest.raises(ValueError, match=r"loss: .* was started with 'kto', this start has 'robust'"):
+        train((start[0], mixed), cut, resume=True, **(flags | {"loss": "robust"}))
 
 
 def test_a_falling_chosen_log_prob_is_explained_once(start, tmp_path):
@@ -315,6 +317,16 @@ def test_micro_batches_and_ranks_change_nothing(start, tmp_path, loss):
             assert a == pytest.approx(b, rel=1e-4, abs=2e-5)
         for name, tensor in weights(tmp_path / other).items():
             torch.testing.assert_close(tensor, reference[name], rtol=0, atol=2e-5)
+
+
+def test_gradients_clipped_to_nothing_leave_the_decay_of_matrices(start, tmp_path):
+    """At a norm far below Adam's ε its step is 0, and what is left is θ ← θ − lr·λ·θ, not of the norms."""
+    flags = {"steps": 1, "lr": 0.01, "weight_decay": 0.5, "max_grad_norm": 1e-14}
+    train(start, tmp_path / "run", **flags)
+    before = load_file(start[0] / "model.safetensors")
+    for name, tensor in weights(tmp_path / "run").items():
+        share = 1 - 0.01 * 0.5 if tensor.ndim == 2 else 1.0
+        torch.testing.assert_close(tensor, share * before[name], rtol=1e-6, atol=1e-7)
 
 
 def test_a_batch_of_one_has_its_mismatched_pair(start, tmp_path):
@@ -349,6 +361,10 @@ def test_bad_input_is_named(start, tmp_path, monkeypatch):
     refused(r"label_smoothing must lie in \[0, 0.5\), got 0.5", loss="robust", label_smoothing=0.5)
     refused(r"sft_weight must be at least 0, got -1.0", sft_weight=-1.0)
     refused(r"micro_batch must be at least 1, got 0", micro_batch=0)
+    refused(r"warmup: expected 0 <= warmup <= steps, got warmup -3", warmup=-3)
+    refused(r"final: expected a share in \[0, 1\], got 1.5", final_lr=1.5)
+    refused(r"lr must be at least 0, got -1.0", lr=-1.0)
+    refused(r"epochs and max_grad_norm must be above 0, got 1.0, 0.0", max_grad_norm=0.0)
     refused(r"pairs\.jsonl: no record of at most 3 tokens", max_length=3)
     hub_folder(tmp_path / "strange")
     vocabulary = json.loads((tmp_path / "strange/tokenizer.json").read_text())

@@ -22,6 +22,7 @@ from nanopost import metrics
 from nanopost.data.chat import load_chat
 from nanopost.data.preference import ATTRIBUTES, read_preferences
 from nanopost.data.preference_samples import completion_sample, preference_samples, steps_sample
+from nanopost.evals.audit import read_audit
 from nanopost.evals.rollouts import completion_scores
 from nanopost.models.heads import load_score_model
 from tests.ranks import ROOT, run_script
@@ -99,13 +100,15 @@ def run_here(*flags: object) -> str:
     return printed.getvalue()
 
 
-def train(start: Folder, out: Path, *flags: object, kind: str = "pairs", ranks: int = 1) -> str:
+def flags_of(start: Folder, out: Path, *flags: object, kind: str = "pairs") -> list[str]:
     fixed = ["--model", start["model"], "--data", start[kind], "--eval-data", start[f"{kind}_test"]]
-    fixed += ["--audit", start["audit"]] if kind in ("pairs", "outcomes") else []
+    fixed += ["--audit", start["audit"]] if kind in ("pairs", "outcomes") and "audit" in start else []
     fixed += ["--out", out, "--labels", kind, "--batch-size", 16, "--lr", 1e-2, "--warmup", 2, "--threads", 1]
-    if ranks == 1:
-        return run_here(*fixed, *flags)
-    return run_script(["train_reward.py", *map(str, [*fixed, *flags])], ranks=ranks)
+    return [str(flag) for flag in (*fixed, *flags)]
+
+
+def train(start: Folder, out: Path, *flags: object, kind: str = "pairs") -> str:
+    return run_here(*flags_of(start, out, *flags, kind=kind))
 
 
 def records(run: Path) -> list[dict]:
@@ -216,19 +219,81 @@ def test_resume_continues_bit_for_bit(start, learnt, tmp_path):
     train(start, cut, *flags, "--resume")
     assert records(cut) == records(straight) and evaluation(cut) == evaluation(straight)
     assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in weights(cut).items())
+    with pytest.raises(ValueError, match=r"labels: .* was started with 'pairs', this start has 'outcomes'"):
+        train(start, cut, "--resume", kind="outcomes")
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("pairs", 1), ("attributes", 1), ("steps", 2)])
-def test_micro_batches_and_ranks_change_nothing(start, tmp_path, kind, ranks):
+def test_gradients_clipped_to_nothing_leave_the_decay_of_matrices(start, learnt, tmp_path):
+    """At a norm far below Adam's ε its step is 0, and what is left is θ ← θ − lr·λ·θ, not of the norms."""
+    flags = ["--steps", "1", "--warmup", "1", "--weight-decay", "0.5", "--max-grad-norm", "1e-14"]
+    train({**start, "model": learnt[0] / "model"}, tmp_path / "run", *flags)
+    for name, tensor in weights(tmp_path / "run").items():
+        share = 1 - 0.01 * 0.5 if tensor.ndim == 2 else 1.0
+        torch.testing.assert_close(tensor, share * weights(learnt[0])[name], rtol=1e-6, atol=1e-7)
+
+
+KINDS = ("pairs", "attributes", "steps")
+# Several runs in one process group: importing torch takes longer than they do.
+RUNS = """
+import json, runpy, sys
+import nanopost.report
+from nanopost import distributed
+nanopost.report.write_report = lambda run: run
+distributed.setup()
+leave, distributed.setup, distributed.teardown = distributed.teardown, lambda: None, distributed.barrier
+for sys.argv in json.loads(sys.argv[1]):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+leave()
+"""
+
+
+@pytest.fixture(scope="module")
+def odd(start: Folder, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Five records to evaluate, three audit pairs; and each kind on one process, in two micro-batches."""
+    folder, odd = tmp_path_factory.mktemp("runs"), dict(start)
+    for kind in KINDS:
+        lines = start[f"{kind}_test"].read_text().splitlines()[:5]
+        odd[f"{kind}_test"] = folder / f"{kind}.jsonl"
+        odd[f"{kind}_test"].write_text("\n".join(lines) + "\n")
+        for name, size in (("one", 32), ("micro", 3)):
+            train(odd, folder / f"{kind}-{name}", "--steps", 3, "--micro-batch", size, kind=kind)
+    return {**odd, "runs": folder}
+
+
+@pytest.fixture(scope="module")
+def ranks(odd: Folder) -> None:
+    """The same on two ranks."""
+    flags, commands = ["--steps", 3, "--micro-batch", 3, "--eval-every", 2], []
+    for kind in KINDS:
+        out = odd["runs"] / f"{kind}-ranks"
+        commands.append(["train_reward.py", *flags_of(odd, out, *flags, kind=kind)])
+    run_script(["-c", RUNS, json.dumps(commands)], ranks=2)
+
+
+def close(value: object) -> object:
+    """The same numbers up to the rounding of float32, at any depth."""
+    if isinstance(value, dict):
+        return {name: close(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [close(item) for item in value]
+    return pytest.approx(value, rel=1e-3, abs=2e-5) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("other", ["micro", "ranks"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_and_ranks_change_nothing(odd, request, kind, other):
     """Steps and ratings: records with unequal numbers of labels, so that a mean of means would show."""
-    train(start, tmp_path / "one", "--steps", "3", kind=kind)
-    train(start, tmp_path / "two", "--steps", "3", "--micro-batch", "3", kind=kind, ranks=ranks)
-    one, two = records(tmp_path / "one"), records(tmp_path / "two")
-    assert [a.keys() for a in one] == [b.keys() for b in two] and abs(one[2]["loss"] - one[0]["loss"]) > 1e-3
-    for a, b in zip(one, two, strict=True):
-        assert b == {name: pytest.approx(value, rel=1e-3, abs=2e-5) for name, value in a.items()}
-    for name, tensor in weights(tmp_path / "two").items():
-        torch.testing.assert_close(tensor, weights(tmp_path / "one")[name], rtol=0, atol=2e-5)
+    if other == "ranks":
+        request.getfixturevalue("ranks")
+    one, two = odd["runs"] / f"{kind}-one", odd["runs"] / f"{kind}-{other}"
+    first, told = records(one), records(two)
+    assert abs(first[2]["loss"] - first[0]["loss"]) > 1e-3
+    assert ("eval_audit_calm" in first[2]) == (kind == "pairs")
+    if other == "ranks":  # it has looked at step 2 as well
+        told[1] = {name: value for name, value in told[1].items() if not name.startswith("eval_")}
+    assert told == [close(record) for record in first] and evaluation(two) == close(evaluation(one))
+    for name, tensor in weights(two).items():
+        torch.testing.assert_close(tensor, weights(one)[name], rtol=0, atol=2e-5)
 
 
 def test_a_pair_and_an_outcome_are_read_at_their_own_last_token(start, learnt, tmp_path):
@@ -313,7 +378,12 @@ def test_an_attribute_that_nobody_rated_is_absent_not_zero(start, tmp_path):
         (["--labels", "steps"], "audit=.*audit.jsonl compares whole answers, labels=steps"),
         (["--labels", "steps", "--margin", "1"], "margin=1.0 is for labels=pairs, got labels=steps"),
         (["--audit", "DATA"], "pairs.jsonl:1: an audit pair has no text 'category'"),
-        (["--audit", "LONG"], "long.jsonl: a pair has 3.. tokens, .* context 256: pass --audit FILE"),
+        (
+            ["--audit", "LONG"],
+            "long.jsonl:1: the pair has 3.. tokens, .* context 256: audit=.*long.jsonl must",
+        ),
+        (["--warmup", "-3"], "warmup: expected 0 <= warmup <= steps, got warmup -3"),
+        (["--max-grad-norm", "0"], "epochs and max_grad_norm must be above 0, got 1.0, 0.0"),
     ],
 )
 def test_bad_input_is_named(start, tmp_path, flags, message):
@@ -321,6 +391,24 @@ def test_bad_input_is_named(start, tmp_path, flags, message):
     files = {"DATA": start["pairs"], "LONG": write_lines(tmp_path / "long.jsonl", [line])}
     with pytest.raises(ValueError, match=message):
         train(start, tmp_path / "run", "--steps", 1, *[files.get(flag, flag) for flag in flags])
+
+
+@pytest.mark.parametrize("context", [256, 128])
+def test_nanoposts_own_audit_pairs_that_do_not_fit_are_counted(start, tmp_path, context):
+    """Without --audit a model that can read some of them is asked those; one that reads none, nothing."""
+    model = hub_folder(tmp_path / "hub", max_position_embeddings=context)
+    chat, pairs = load_chat(model), read_audit()
+    sizes = [max(len(s.ids) for s in preference_samples(chat, pair)) for pair in pairs]
+    fits = [size <= context for size in sizes]
+    own = {name: path for name, path in start.items() if name != "audit"}
+    printed = train({**own, "model": model}, tmp_path / "run", "--steps", 1)
+    line, size = fits.index(False) + 1, sizes[fits.index(False)]
+    told = f"left out {fits.count(False)} of {len(pairs)} audit pairs (first: "
+    assert printed.count("audit pairs (") == 1 and told in printed
+    assert f"audit.jsonl:{line}: the pair has {size} tokens, the model's context {context})" in printed
+    assert any(fits) == (context == 256) == ("not for tuning" in printed)
+    asked = sum(row["pairs"] for row in evaluation(tmp_path / "run").get("audit", {}).values())
+    assert asked == sum(fits)
 
 
 def test_records_over_the_limit_are_counted(start, tmp_path):
