@@ -4,7 +4,7 @@
     ρ_t = exp(log π_θ(y_t) − log π_old(y_t))   ratio: how much likelier the token has become (F27, F32)
     L   = (1/N) Σ_i Σ_t −min(ρ_t A_i, clip(ρ_t, 1−ε_low, 1+ε_high) A_i) + β·KL(π_θ ‖ π_ref)   (F27, F29, F30)
 
-π_old is the sampler, under the very distribution it sampled from; a verifier gives r. --loss NAME is a row of
+π_old is the sampler, under the very distribution it sampled from; r is the answer's score. This is a row of
 the table of variants: `python -m nanopost.losses.variants` prints PPO, GRPO, Dr. GRPO, DAPO, GSPO, RLOO, …
 
     python train_grpo.py --model runs/sft/model --data gsm8k/train.jsonl --verifier gsm8k --out runs/grpo
@@ -33,6 +33,7 @@ from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
 from nanopost.evals.rollouts import completion_logps, rollout_record, trace
 from nanopost.losses import aggregate, kl_estimate, local_denom, overlong_penalty, policy_ratio
+from nanopost.losses.advantages import informative_groups
 from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
 from nanopost.models.weights import load_config, load_model, save_model
 from nanopost.report import write_report
@@ -92,7 +93,7 @@ def main(cfg: Config) -> None:
     least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
     least |= {"group_size": 2 - (variant.baseline in ("none", "batch")), "resample": 0, "overlong_cache": 0}
     for name, low in least.items():
-        if vars(cfg)[name] < low:
+        if not vars(cfg)[name] >= low:
             raise ValueError(f"{name} must be at least {low} with loss={variant.name}, got {vars(cfg)[name]}")
     if cfg.overlong_cache > cfg.max_new_tokens:
         raise ValueError(f"overlong_cache={cfg.overlong_cache} exceeds max_new_tokens={cfg.max_new_tokens}")
@@ -100,12 +101,15 @@ def main(cfg: Config) -> None:
         shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
         raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")
     traces = variant.surrogate == "traces"  # the last sample of a group is the record's own answer
-    chat = load_chat(cfg.model)
-    run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
+    chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
+    if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
+        raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
+    env = {"template": chat.version}
+    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     verify = VERIFIERS.get(cfg.verifier)
-    longest = load_config(cfg.model).max_position_embeddings
+    longest = min(load_config(folder).max_position_embeddings for folder in (cfg.model, ref_model))
 
     def task_of(record: Record) -> Task:
         """The prompt's tokens; what cannot be sampled or verified is refused here, before the first step."""
@@ -127,7 +131,7 @@ def main(cfg: Config) -> None:
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_model(cfg.model).to(device))
     trained = policy  # what the optimiser moves and a state holds
-    reference = distributed.shard(load_model(cfg.ref_model or cfg.model).to(device).requires_grad_(False))
+    reference = distributed.shard(load_model(ref_model).to(device).requires_grad_(False))
     optimizer = optim.adamw(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, trained, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)
@@ -148,12 +152,9 @@ def main(cfg: Config) -> None:
         uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
         options = {"stop_ids": chat.stop_ids, "max_new_tokens": count, "uniforms": uniforms, **scope}
         options |= {"slots": cfg.slots}
-        bar = metrics.progress(range(len(tasks) * size), desc="rollout")
-        with distributed.gathered(policy):
-            prompts = [ids for ids, _ in tasks]
-            done = iter(sample(policy, prompts, group_size=size, finished=bar.update, **options))
-        bar.close()
-        start, judged = time.perf_counter(), []
+        with distributed.gathered(policy), metrics.progress(range(len(uniforms)), desc="rollout") as bar:
+            drawn = sample(policy, [ids for ids, _ in tasks], group_size=size, finished=bar.update, **options)
+        start, judged, done = time.perf_counter(), [], iter(drawn)
         for _, record in metrics.progress(tasks, desc="verify"):
             answers = list(islice(done, size))
             answers += [trace(chat, record, answers[0].prompt_ids, longest=longest)] if given else []
@@ -195,10 +196,11 @@ def main(cfg: Config) -> None:
     for step in range(first, cfg.steps):
         start, clock["verify_s"] = time.perf_counter(), 0.0
         optim.set_lr(optimizer, learning_rate(step))
-        places = [place for update in updates for place in distributed.shard_rows(update)]
-        groups = draw(step, places)
+        groups = draw(step, [place for update in updates for place in distributed.shard_rows(update)])
         for attempt in range(1 + cfg.resample):  # groups of equal rewards give way to a later epoch's prompts
-            waiting = [place for place, rows in groups.items() if len({row[-1].score for row in rows}) == 1]
+            scores = [row[-1].score for rows in groups.values() for row in rows]
+            kept = informative_groups(torch.tensor(scores, dtype=torch.float64), group_size=size)[::size]
+            waiting = [place for place, teaches in zip(groups, kept, strict=True) if not teaches]
             if attempt < cfg.resample and distributed.all_sum(len(waiting)):
                 groups |= draw(step + (attempt + 1) * cfg.steps, waiting)
         samples = [row for rows in groups.values() for row in rows]
@@ -216,12 +218,10 @@ def main(cfg: Config) -> None:
         advantages = token_advantages(variant, rewards, *padded, mask, **options)
         advantages = [row[kept] for row, kept in zip(advantages, mask, strict=True)]
 
-        sums, norms = Counter(), []
-        share = len(samples) // cfg.minibatches
+        sums, norms, share = Counter(), [], len(samples) // cfg.minibatches
         for update in range(cfg.minibatches):
-            rows = range(update * share, (update + 1) * share)
-            rows = sorted(rows, key=lambda i: len(completions[i].ids))  # alike in length: less padding
-            parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
+            rows = sorted(range(update * share, (update + 1) * share), key=lambda i: len(completions[i].ids))
+            parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]  # less padding
             batches = [collate([completions[i] for i in part], device=device) for part in parts]
             counts = {"mode": variant.aggregation, "max_tokens": cfg.max_new_tokens}
             denom = distributed.all_sum(sum(local_denom(b.completion_mask, **counts) for b in batches))

@@ -4,14 +4,14 @@
     ρ_t = exp(log π_θ(y_t) − log π_old(y_t))   ratio: how much likelier the token has become (F27, F32)
     L   = (1/N) Σ_i Σ_t −min(ρ_t A_t, clip(ρ_t, 1−ε_low, 1+ε_high) A_t) + w·½(V_t − G_t)²,  G = A + V (F27–28)
 
-π_old is the sampler, under the very distribution it sampled from; a verifier or a reward model gives r. In
+π_old is the sampler, under the very distribution it sampled from; r is the answer's score. This is a row of
 the table of variants: `python -m nanopost.losses.variants` prints PPO, GRPO, Dr. GRPO, DAPO, GSPO, RLOO, …
 
     python train_ppo.py --model runs/sft/model --data gsm8k/train.jsonl --verifier gsm8k --out runs/ppo
     torchrun --nproc-per-node 8 …   the same on eight GPUs
 
-Delta to InstructGPT (Ouyang et al. 2022): A is whitened over the whole step, γ is 1, no pre-training term;
-the critic starts as the policy with a head of 0, not as the reward model (which is --critic DIR).
+With --reward-model r is its score. The first line: kl_ref, clipped, a new head's explained_variance are 0.
+Delta to Ouyang et al. 2022: A whitened over the step, γ = 1, no pre-training, critic from the policy, one lr.
 """
 
 import time
@@ -49,8 +49,8 @@ Task = tuple[list[int], Record]  # the prompt's tokens, and the record they come
 class Config:
     model: Path  # folder in hub format to start from
     data: Path  # JSONL of prompts with answers
-    verifier: Literal["gsm8k", "math", "ledger"] | None = None  # what scores a completion against the answer
-    reward_model: Path | None = None  # folder of train_reward.py: the score then, `verified` the verifier's
+    verifier: Literal["gsm8k", "math", "ledger"] | None = None  # what scores a completion against its answer
+    reward_model: Path | None = None  # its score replaces the verifier's, which is recorded as `verified`
     critic: Literal["shared"] | Path | None = None  # on the policy's trunk, or from DIR; default: from MODEL
     out: Path = Path("runs/ppo")  # run folder: metrics, rollouts, states, model
     eval_data: Path | None = None  # JSONL of held-out prompts, for greedy evaluation
@@ -92,18 +92,24 @@ def main(cfg: Config) -> None:
     variant = choose("ppo", critic=True, clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta)
     least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
     least |= {"group_size": 1, "epochs": 1, "kl_target": 0, "value_clip": 0, "value_weight": 0}
+    optim.steer_beta(variant.beta, 0.0, target=cfg.kl_target)  # a β that it cannot steer is refused here
     for name, low in least.items():
-        if vars(cfg)[name] < low:
+        if not vars(cfg)[name] >= low:
             raise ValueError(f"{name} must be at least {low} with loss={variant.name}, got {vars(cfg)[name]}")
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
         shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
         raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")
-    chat = load_chat(cfg.model)
-    run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
+    chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
+    if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
+        raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
+    env = {"template": chat.version}
+    env |= ppo.name_reward_model(cfg.reward_model, chat, tell=distributed.main_print)
+    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     verify = ppo.rewarded(VERIFIERS.get(cfg.verifier), reward_model=cfg.reward_model)
-    longest = load_config(cfg.model).max_position_embeddings
+    longest = min(load_config(folder).max_position_embeddings for folder in (cfg.model, ref_model))
+    longest = min([longest, *ppo.contexts(cfg.critic, cfg.reward_model)])
 
     def task_of(record: Record) -> Task:
         """The prompt's tokens; what cannot be sampled or verified is refused here, before the first step."""
@@ -123,7 +129,7 @@ def main(cfg: Config) -> None:
     policy, critic = (distributed.shard(m.to(device)) for m in ppo.load_pair(cfg.model, cfg.critic, chat))
     scorer = cfg.reward_model and distributed.shard(ppo.load_scorer(cfg.reward_model, chat).to(device))
     trained = ppo.together(policy, critic, beta=variant.beta)  # what the optimiser moves and a state holds
-    reference = distributed.shard(load_model(cfg.ref_model or cfg.model).to(device).requires_grad_(False))
+    reference = distributed.shard(load_model(ref_model).to(device).requires_grad_(False))
     optimizer = optim.adamw(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, trained, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)
@@ -141,12 +147,9 @@ def main(cfg: Config) -> None:
         """`size` (record, rollout, text, verdict) a task; `places` number the tasks of a step, over ranks."""
         uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
         options = {"stop_ids": chat.stop_ids, "max_new_tokens": count, "uniforms": uniforms, **scope}
-        bar = metrics.progress(range(len(tasks) * size), desc="rollout")
-        with distributed.gathered(policy):
-            prompts = [ids for ids, _ in tasks]
-            done = iter(sample(policy, prompts, group_size=size, finished=bar.update, **options))
-        bar.close()
-        start, judged = time.perf_counter(), []
+        with distributed.gathered(policy), metrics.progress(range(len(uniforms)), desc="rollout") as bar:
+            drawn = sample(policy, [ids for ids, _ in tasks], group_size=size, finished=bar.update, **options)
+        start, judged, done = time.perf_counter(), [], iter(drawn)
         for _, record in metrics.progress(tasks, desc="verify"):
             answers = list(islice(done, size))
             for r in answers:
@@ -189,8 +192,7 @@ def main(cfg: Config) -> None:
     for step in range(first, cfg.steps):
         start, clock["verify_s"] = time.perf_counter(), 0.0
         optim.set_lr(optimizer, learning_rate(step))
-        places = [place for update in updates for place in distributed.shard_rows(update)]
-        groups = draw(step, places)
+        groups = draw(step, [place for update in updates for place in distributed.shard_rows(update)])
         samples = [row for rows in groups.values() for row in rows]
         rewards = torch.tensor([verdict.score for *_, verdict in samples], dtype=torch.float64)
         clock["rollout_s"] = time.perf_counter() - start - clock["verify_s"]
@@ -209,12 +211,10 @@ def main(cfg: Config) -> None:
         advantages = whiten(advantages, mask, total=distributed.all_sum)
         advantages = [row[kept] for row, kept in zip(advantages, mask, strict=True)]
 
-        sums, norms = Counter(), []
-        share = len(samples) // cfg.minibatches
+        sums, norms, share = Counter(), [], len(samples) // cfg.minibatches
         for update in list(range(cfg.minibatches)) * cfg.epochs:
-            rows = range(update * share, (update + 1) * share)
-            rows = sorted(rows, key=lambda i: len(completions[i].ids))  # alike in length: less padding
-            parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
+            rows = sorted(range(update * share, (update + 1) * share), key=lambda i: len(completions[i].ids))
+            parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]  # less padding
             batches = [collate([completions[i] for i in part], device=device) for part in parts]
             counts = {"mode": variant.aggregation, "max_tokens": cfg.max_new_tokens}
             denom = distributed.all_sum(sum(local_denom(b.completion_mask, **counts) for b in batches))
@@ -238,7 +238,7 @@ def main(cfg: Config) -> None:
                     sums["kl_ref"] += float(kl_estimate(logps, ref, kind="k3")[mask].sum())
                     sums["tokens"] += float(mask.sum())
             norms.append(optim.clip_grad_norm(policy, cfg.max_grad_norm))
-            optim.clip_grad_norm(critic, cfg.max_grad_norm)  # apart from the policy's
+            optim.clip_grad_norm(critic, cfg.max_grad_norm)  # apart; no more to clip if shared
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         clock["train_s"] = time.perf_counter() - start - clock["rollout_s"] - clock["verify_s"]
@@ -290,7 +290,7 @@ def main(cfg: Config) -> None:
             copy_chat(cfg.model, folder)
             save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
         with checkpoint.atomic_folder(run / "critic") as folder:
-            ppo.save_critic(policy.config, value_weights, folder, chat=cfg.model, stop_ids=chat.stop_ids)
+            ppo.save_critic(critic.config, value_weights, folder, chat=cfg.model, stop_ids=chat.stop_ids)
         page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
         print(f"model: {run / 'model'}\nreport: {page}")
     distributed.teardown()

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from nanopost.data.chat import Chat, copy_chat, load_chat
 from nanopost.data.collate import collate
 from nanopost.data.schema import Record, Sample
+from nanopost.evals.reference import weights_id
 from nanopost.evals.rollouts import completion_scores
 from nanopost.evals.verifier import Verifier
 from nanopost.models.heads import (
@@ -22,7 +24,7 @@ from nanopost.models.heads import (
     save_score_model,
 )
 from nanopost.models.llama import Llama, LlamaConfig
-from nanopost.models.weights import load_model
+from nanopost.models.weights import load_config, load_model, shard_files
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
 
@@ -30,15 +32,34 @@ Judged = tuple[Record, Rollout, str, Verdict]  # a completion, its text and what
 
 
 def load_scorer(folder: str | Path, chat: Chat) -> ScoreModel:
-    """A reward model or a critic with one score, which reads a policy's token ids.
+    """A reward model, which reads a policy's token ids.
 
     Args:
-        folder: of a score model, or of a language model: its head is then 0.
+        folder: of a score model.
         chat: the policy's.
 
     Raises:
-        ValueError: its tokenizer is not the policy's, so that the same ids are other text; it has more than
-            one score; what `load_score_model` refuses.
+        ValueError: its tokenizer is not the policy's, so that the same ids are other text; it is a language
+            model: every reward would be 0; it has more than one score; what `load_score_model` refuses.
+    """
+    model = load_critic(folder, chat)
+    if not any(HEAD in _names(path) for path in shard_files(Path(folder))):
+        raise ValueError(
+            f"{folder}: no tensor {HEAD}: a language model has no score to give, every reward would be 0; "
+            f"train a reward model (train_reward.py --model DIR)"
+        )
+    return model
+
+
+def load_critic(folder: str | Path, chat: Chat) -> ScoreModel:
+    """A model with one score, which reads a policy's token ids; on a language model's folder the head is 0.
+
+    Args:
+        folder: of a score model or of a language model.
+        chat: the policy's.
+
+    Raises:
+        ValueError: as `load_scorer`, but for the language model.
     """
     if load_chat(folder).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(
@@ -46,6 +67,37 @@ def load_scorer(folder: str | Path, chat: Chat) -> ScoreModel:
             f"score model that starts from a model with the policy's tokenizer (train_reward.py --model DIR)"
         )
     return load_score_model(folder, labels=1)
+
+
+def _names(path: Path) -> set[str]:
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
+def name_reward_model(
+    folder: Path | None, chat: Chat, *, tell: Callable[[str], object]
+) -> dict[str, str | None]:
+    """What a run keeps of its reward model, so that it cannot go on with another one.
+
+    Args:
+        folder: None where there is none.
+        chat: the policy's. It writes the prompts that the reward model reads.
+        tell: gets a note where the reward model has another chat template of its own.
+
+    Returns:
+        For env.json: `reward_model`, the name of its weights by their content, or None.
+
+    Raises:
+        ValueError: the folder has no weights or no tokenizer.
+    """
+    if folder is not None and load_chat(folder).template != chat.template:
+        tell("the reward model reads the policy's chat template, which is not its own")
+    return {"reward_model": weights_id(folder) if folder else None}
+
+
+def contexts(*folders: str | Path | None) -> list[int]:
+    """The tokens that each of the models can read; None and "shared" are no folders."""
+    return [load_config(path).max_position_embeddings for path in folders if isinstance(path, Path)]
 
 
 def load_pair(
@@ -63,12 +115,12 @@ def load_pair(
         Two models, or one and the same twice when the trunk is shared.
 
     Raises:
-        ValueError: as `load_scorer`.
+        ValueError: as `load_critic`.
     """
     if critic == "shared":
         both = load_actor_critic(folder)
         return both, both
-    return load_model(folder), load_scorer(critic or folder, chat)
+    return load_model(folder), load_critic(critic or folder, chat)
 
 
 def together(policy: nn.Module, critic: nn.Module, *, beta: float) -> nn.ModuleDict:

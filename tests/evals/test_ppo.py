@@ -1,22 +1,28 @@
 """What PPO needs beyond GRPO: values before the token, their metrics, rewards of a model, weights parted."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
+from nanopost.data.chat import Chat, copy_chat
 from nanopost.data.schema import Record, Sample
 from nanopost.evals.ppo import (
     completion_values,
+    contexts,
     critic_metrics,
+    load_critic,
     load_pair,
     load_scorer,
+    name_reward_model,
     parted,
     rescored,
     rewarded,
     together,
 )
-from nanopost.models.heads import ScoreModel, load_score_model
+from nanopost.evals.reference import weights_id
+from nanopost.models.heads import ScoreModel, load_score_model, save_score_model
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
 from tests.chat_fixtures import make_chat
@@ -71,7 +77,41 @@ def test_what_a_critic_starts_from(tmp_path):
     with pytest.raises(
         ValueError, match=r"header: its tokenizer is not that of .*chat, so it would read other"
     ):
+        load_critic(make_chat(tmp_path / "header", "header").folder, chat)
+
+
+def scorer_folder(folder: Path, chat: Chat) -> Path:
+    """A reward model of the tiny shape."""
+    model = ScoreModel(TINY)
+    torch.nn.init.ones_(model.score.weight)
+    copy_chat(chat.folder, folder)
+    save_score_model(TINY, model.state_dict(), folder, stop_ids=chat.stop_ids, labels=["good"])
+    return folder
+
+
+def test_a_reward_model_has_a_score(tmp_path):
+    chat, folder = make_chat(tmp_path / "chat"), hub_folder(tmp_path / "hub")
+    with pytest.raises(ValueError, match=r"hub: no tensor score\.weight: a language model has no score"):
+        load_scorer(folder, chat)
+    assert not load_critic(folder, chat).score.weight.any()  # a critic may start from one
+    assert load_scorer(scorer_folder(tmp_path / "judge", chat), chat).score.weight.all()
+    with pytest.raises(ValueError, match=r"header: its tokenizer is not that of"):
         load_scorer(make_chat(tmp_path / "header", "header").folder, chat)
+
+
+def test_a_reward_model_is_named_by_its_weights_and_another_template_is_told(tmp_path):
+    chat, told = make_chat(tmp_path / "chat"), []
+    folder = scorer_folder(tmp_path / "judge", chat)
+    assert name_reward_model(None, chat, tell=told.append) == {"reward_model": None}
+    assert name_reward_model(folder, chat, tell=told.append) == {"reward_model": weights_id(folder)}
+    assert not told
+    name_reward_model(folder, make_chat(tmp_path / "think", "think"), tell=told.append)
+    assert told == ["the reward model reads the policy's chat template, which is not its own"]
+
+
+def test_contexts_are_those_of_the_folders(tmp_path):
+    folders = [hub_folder(tmp_path / str(size), max_position_embeddings=size) for size in (64, 32)]
+    assert contexts(folders[0], None, "shared", folders[1]) == [64, 32] and contexts(None, "shared") == []
 
 
 @pytest.mark.parametrize("start", [None, "shared"])

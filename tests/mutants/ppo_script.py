@@ -5,6 +5,7 @@ from tests.mutants.mutant import Mutant
 SCRIPT, PPO, ROLLOUTS = "train_ppo.py", "nanopost/evals/ppo.py", "nanopost/evals/rollouts.py"
 VARIANTS, OPTIM = "nanopost/losses/variants.py", "nanopost/optim.py"
 TESTS = "tests/scripts/test_train_ppo.py"
+REFUSED = "test_bad_input_is_named_before_anything_is_sampled"
 HAND = f"{TESTS}::test_a_step_is_ppo_written_out_by_hand"
 
 MUTANTS = [
@@ -42,7 +43,7 @@ MUTANTS = [
         file=SCRIPT,
         before="whiten(advantages, mask, total=distributed.all_sum)",
         after="whiten(advantages, mask)",
-        killer=f"{TESTS}::test_micro_batches_and_ranks_change_nothing[own-flags0]",
+        killer=f"{TESTS}::test_micro_batches_and_ranks_change_nothing[own]",
     ),
     Mutant(
         name="whitened-with-the-padding",
@@ -91,7 +92,7 @@ MUTANTS = [
     ),
     Mutant(
         name="old-values-of-this-pass",
-        source="Huang et al. 2022, The 37 Implementation Details of PPO",
+        source="our own",
         story="The clip is around the value just computed, so it never holds.",
         file=SCRIPT,
         before="value_loss(guess, before, target,",
@@ -100,7 +101,7 @@ MUTANTS = [
     ),
     Mutant(
         name="critic-trained-on-advantages",
-        source="Huang et al. 2022, The 37 Implementation Details of PPO",
+        source="our own",
         story="The critic is fitted to what it was wrong by, not to what came of it.",
         file=SCRIPT,
         before="for x in (old_values, returns))",
@@ -109,7 +110,7 @@ MUTANTS = [
     ),
     Mutant(
         name="controller-pushes-the-wrong-way",
-        source="Ziegler et al. 2019, §2.2",
+        source="our own",
         story="The further the policy has gone, the lighter its leash.",
         file=OPTIM,
         before="kl / target - 1.0",
@@ -118,11 +119,65 @@ MUTANTS = [
     ),
     Mutant(
         name="steered-beta-is-not-saved",
-        source="verl trainer/ppo/core_algos.py",
+        source="our own",
         story="A resumed run starts again with the first weight of the KL.",
         file=PPO,
         before="torch.tensor(beta, dtype=torch.float64))",
         after="torch.tensor(beta, dtype=torch.float64), persistent=False)",
         killer=f"{TESTS}::test_resume_continues_bit_for_bit[cut-own]",
+    ),
+    Mutant(
+        name="critic-saved-with-the-policys-config",
+        source="our own",
+        story="A critic of another shape gets the policy's config.json: nothing can load the folder.",
+        file=SCRIPT,
+        before="ppo.save_critic(critic.config,",
+        after="ppo.save_critic(policy.config,",
+        killer=f"{TESTS}::test_a_critic_of_another_shape_is_saved_in_that_shape",
+    ),
+    Mutant(
+        name="reward-model-without-a-head",
+        source="our own",
+        story="A language model passes as a reward model: its new head says 0 of everything.",
+        file=PPO,
+        before="model = load_critic(folder, chat)",
+        after="return load_critic(folder, chat)",
+        killer="tests/evals/test_ppo.py::test_a_reward_model_has_a_score",
+    ),
+    Mutant(
+        name="contexts-of-policy-and-reference-alone",
+        source="our own",
+        story="A critic or a reward model reads beyond the positions that it has been trained on.",
+        file=SCRIPT,
+        before="*ppo.contexts(cfg.critic, cfg.reward_model)",
+        after="*ppo.contexts()",
+        killer=f"{TESTS}::{REFUSED}",
+    ),
+    Mutant(
+        name="resumed-with-another-reward-model",
+        source="our own",
+        story="A run goes on under another reward, and its curve is one line.",
+        file=PPO,
+        before="weights_id(folder) if folder else None",
+        after="None",
+        killer=f"{TESTS}::{REFUSED}",
+    ),
+    Mutant(
+        name="steerless-beta-found-out-after-a-step",
+        source="our own",
+        story="A controller for a β of 0 is refused once the first rollout is paid for.",
+        file=SCRIPT,
+        before="optim.steer_beta(variant.beta, 0.0, target=cfg.kl_target)",
+        after="None",
+        killer=f"{TESTS}::{REFUSED}",
+    ),
+    Mutant(
+        name="critics-gradient-unclipped",
+        source="our own",
+        story="The critic's norm is not held: its first steps are as large as its first errors.",
+        file=SCRIPT,
+        before="optim.clip_grad_norm(critic, cfg.max_grad_norm)",
+        after="optim.clip_grad_norm(critic, float('inf'))",
+        killer=HAND,
     ),
 ]

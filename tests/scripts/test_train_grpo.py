@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from nanopost import metrics
 from nanopost.losses.variants import VARIANTS
+from tests.chat_fixtures import make_chat
 from tests.digits import digit_policy, write_lines
 from tests.ranks import run_script
 from tests.tiny import hub_folder
@@ -242,6 +243,18 @@ def test_bad_input_is_named(start, tmp_path):
         train(start, tmp_path / "other", "--overlong-cache", "7")
     with pytest.raises(AssertionError, match=r"prompts_per_step=8 must be a multiple of ranks × minibatches"):
         train(start, tmp_path / "other", "--minibatches", "3")
+    with pytest.raises(AssertionError, match="warmup: expected 0 <= warmup <= steps, got warmup -1"):
+        train(start, tmp_path / "other", "--warmup", "-1")
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"args.json", "env.json"}  # no rollout
+
+
+def test_the_reference_reads_what_the_policy_writes(start, tmp_path):
+    hub = hub_folder(tmp_path / "short", max_position_embeddings=16)
+    with pytest.raises(AssertionError, match=r"rl\.jsonl:1: the prompt has \d+ tokens, 10 leave room"):
+        train(start, tmp_path / "run", "--ref-model", str(hub))
+    make_chat(tmp_path / "stranger", "header")
+    with pytest.raises(AssertionError, match=r"ref_model: .*stranger has another tokenizer than"):
+        train(start, tmp_path / "run", "--ref-model", str(tmp_path / "stranger"))
 
 
 def test_gsm8k_as_it_is_published(shared, tmp_path):

@@ -1,5 +1,6 @@
 """train_ppo.py, run as a user runs it: against PPO written out by hand, against itself, against bad input."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from nanopost.data.order import step_indices
 from nanopost.data.schema import read_jsonl
 from nanopost.evals.rollouts import completion_scores
 from nanopost.models.heads import load_score_model, save_score_model
-from nanopost.models.weights import load_model
+from nanopost.models.weights import load_config, load_model, random_model, save_model, write_config
 from nanopost.rewards.math import math_reward
 from nanopost.rollout.sampler import row_uniforms, sample
 from tests.chat_fixtures import make_chat
@@ -30,12 +31,19 @@ from tests.tiny import hub_folder
 TIMES = ("rollout_s", "verify_s", "train_s")
 STEADY = ["--epochs", "2", "--minibatches", "2", "--beta", "0.1", "--kl-target", "0.01", "--save-every", "2"]
 HAND = {"--beta": 0.3, "--gae-lambda": 0.8, "--value-clip": 0.02, "--value-weight": 0.7, "--lr": 2e-3}
+HANDS = {"hand": 1e6, "hand_clipped": 0.3}  # max_grad_norm of each
 IN_A_ROW = """
 import json, runpy, sys
+from nanopost import distributed
+sys.modules["matplotlib"] = None  # no report
+distributed.setup()
+leave, distributed.setup, distributed.teardown = distributed.teardown, lambda: None, lambda: None
 for argv in json.loads(sys.argv[1]):
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
-"""  # many runs in one process: the libraries are loaded once
+leave()
+"""  # many runs in one process and process group: the libraries are loaded once
+NOTE = "the reward model reads the policy's chat template, which is not its own"
 
 
 def command(start: dict[str, Path], out: Path, *flags: str) -> list[str]:
@@ -44,12 +52,17 @@ def command(start: dict[str, Path], out: Path, *flags: str) -> list[str]:
     return ["train_ppo.py", *map(str, fixed), "--steps", "4", "--rollouts-every", "1", *flags]
 
 
-def train(start: dict[str, Path], out: Path, *flags: str, ranks: int = 1) -> str:
-    return run_script(command(start, out, *flags), ranks=ranks)
+def train_all(commands: list[list[str]], *, ranks: int = 1) -> str:
+    return run_script(["-c", IN_A_ROW, json.dumps(commands)], ranks=ranks)
 
 
-def train_all(commands: list[list[str]]) -> str:
-    return run_script(["-c", IN_A_ROW, json.dumps(commands)], ranks=1)
+def language_model(folder: Path, like: Path, **changes: int) -> Path:
+    """Random weights of another shape around the same tokenizer."""
+    copy_chat(like, folder)
+    config, stop_ids = dataclasses.replace(load_config(like), **changes), load_chat(like).stop_ids
+    write_config(config, folder, dtype=torch.float32, stop_ids=stop_ids)
+    save_model(config, random_model(folder, seed=1).state_dict(), folder, stop_ids=stop_ids)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +79,30 @@ def start(tmp_path_factory) -> dict[str, Path]:
     save_score_model(
         scorer.config, scorer.state_dict(), folder / "scorer", stop_ids=stop_ids, labels=["good"]
     )
+    template = folder / "scorer/chat_template.jinja"
+    template.write_text(template.read_text() + "{# another #}")
+    language_model(folder / "narrow", model, num_hidden_layers=1, hidden_size=12, intermediate_size=16)
+    language_model(folder / "short", model, max_position_embeddings=16)
     data = write_lines(folder / "mixed.jsonl", tasks)
     return {
         "model": model,
         "sevens": sevens,
         "data": data,
-        "scorer": folder / "scorer",
-        "hub": folder / "hub",
+        **{name: folder / name for name in ("scorer", "hub", "narrow", "short")},
     }
 
 
 @pytest.fixture(scope="module")
 def runs(start, tmp_path_factory) -> Callable[[str], Path]:
-    """The folder of a run by its name. Runs are made when a test first asks for one, a group in a process."""
+    """The folder of a run by its name. Runs are made when a test first asks for one, a group in a process.
+
+    A group is a number of ranks and its runs; what it has printed lies beside each of them.
+    """
     folder, math = tmp_path_factory.mktemp("runs"), ["--verifier", "math"]
     both = [*math, "--reward-model", str(start["scorer"])]
     hand = [str(x) for pair in HAND.items() for x in pair] + ["--minibatches", "2", "--epochs", "2"]
-    hand += ["--critic", str(start["scorer"]), "--ref-model", str(start["hub"]), "--max-grad-norm", "1e6"]
+    hand += ["--critic", str(start["scorer"]), "--ref-model", str(start["hub"])]
+    hand += ["--steps", "1", "--temperature", "1.3"]
     tasks = [json.loads(line) for line in start["data"].read_text().splitlines()]
     one = write_lines(folder / "one.jsonl", tasks[:1])
     bare = write_lines(folder / "bare.jsonl", [{"messages": task["messages"]} for task in tasks])
@@ -91,30 +111,48 @@ def runs(start, tmp_path_factory) -> Callable[[str], Path]:
     def run(name: str, *flags: str, data: Path = start["data"]) -> list[str]:
         return command(start | {"data": data}, folder / name, *flags)
 
+    told = [*both, "--eval-data", str(one), "--steps", "1", "--temperature", "1.5"]
     groups = [
-        [
-            run("own", *math, *STEADY),
-            run("micro", *math, *STEADY, "--micro-batch", "5"),
-            run("cut", *math, *STEADY, "--steps", "2"),
-            run("cut", *math, *STEADY, "--resume"),
-        ],
-        [
-            run("shared", *shared),
-            run("cut_shared", *shared, "--steps", "2"),
-            run("cut_shared", *shared, "--resume"),
-        ],
-        [run("hand", *both, *hand, "--steps", "1", "--temperature", "1.3")],
-        [
-            run("told", *both, "--eval-data", str(one), "--steps", "1", "--temperature", "1.5"),
-            run("bare", *both[2:], "--steps", "1", "--group-size", "1", data=bare),
-            run("learn", *math, "--steps", "24", "--lr", "4e-3", data=start["sevens"]),
-        ],
+        (
+            1,
+            [
+                run("own", *math, *STEADY),
+                run("micro", *math, *STEADY, "--micro-batch", "5"),
+                run("cut", *math, *STEADY, "--steps", "2"),
+                run("cut", *math, *STEADY, "--resume"),
+                run("shared", *shared),
+                run("cut_shared", *shared, "--steps", "2"),
+                run("cut_shared", *shared, "--resume"),
+            ],
+        ),
+        (1, [run(name, *both, *hand, "--max-grad-norm", str(norm)) for name, norm in HANDS.items()]),
+        (
+            1,
+            [
+                run("told", *told),
+                run("bare", *both[2:], "--steps", "1", "--group-size", "1", data=bare),
+                run("narrow", *math, "--critic", str(start["narrow"]), "--steps", "2", "--lr", "3e-2"),
+                run("learn", *math, "--steps", "24", "--lr", "4e-3", data=start["sevens"]),
+            ],
+        ),
+        (
+            2,
+            [
+                run("own_ranks", *math, *STEADY, "--micro-batch", "3"),
+                run("shared_ranks", *shared, "--micro-batch", "3"),
+                run("told_ranks", *told),
+            ],
+        ),
     ]
 
     def folder_of(name: str) -> Path:
-        if not (folder / name).exists():
-            train_all(next(group for group in groups if any(str(folder / name) in argv for argv in group)))
-        return folder / name
+        out = folder / name
+        if not out.exists():
+            ranks, group = next((n, runs) for n, runs in groups if any(str(out) in argv for argv in runs))
+            printed = train_all(group, ranks=ranks)
+            for argv in group:
+                (Path(argv[argv.index("--out") + 1]) / "printed.txt").write_text(printed)
+        return out
 
     return folder_of
 
@@ -171,10 +209,16 @@ def test_the_first_line_shows_zeros(start, runs):
 
 
 def test_a_step_is_ppo_written_out_by_hand(start, runs):
-    """Two epochs of two minibatches, row by row in float64, with the gradients in the optimiser's moments."""
+    """Two epochs of two minibatches, row by row in float64, with the gradients in the optimiser's moments.
+
+    Once without a clip of the gradients, once with one that holds for the policy's and the critic's, each by
+    its own norm.
+    """
     beta, lam, clip, weight, lr = HAND.values()
     policy, reference = (load_model(start[name]).double() for name in ("model", "hub"))
     critic, judge = (load_score_model(start["scorer"]).double() for _ in range(2))
+    both = torch.nn.ModuleDict({"policy": policy, "critic": critic})
+    begin = {name: tensor.clone() for name, tensor in both.state_dict().items()}
 
     def read(r: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probs under the policy and the reference, and the value before each token."""
@@ -210,28 +254,36 @@ def test_a_step_is_ppo_written_out_by_hand(start, runs):
         row[3] = ((torch.tensor(row[3], dtype=torch.float64) - flat.mean()) / flat.std()).tolist()
         assert line["advantage"] == pytest.approx(sum(row[3]) / len(row[3]), abs=1e-4)
 
-    both = torch.nn.ModuleDict({"policy": policy, "critic": critic})
-    optimizer = optim.adamw(both, lr=lr, weight_decay=0.0)
-    clips = 0
-    for part in (rows[:16], rows[16:]) * 2:
-        tokens, loss = sum(len(row[3]) for row in part), torch.zeros((), dtype=torch.float64)
-        for r, old, before, advantages, returns_of_row in part:
-            logps, _, guess = read(r)
-            a, g = (torch.tensor(x, dtype=torch.float64) for x in (advantages, returns_of_row))
-            ratio = (logps - old).exp()
-            near = guess.clamp(before - clip, before + clip)
-            clips += int((near != guess).sum())
-            loss = loss - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum() / tokens
-            worst = torch.maximum((guess - g).square(), (near - g).square())
-            loss = loss + weight * 0.5 * worst.sum() / tokens
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert clips > 20  # the clip of the values has been at work
-    moments = load_file(runs("hand") / "state/step_000001/optimizer.safetensors")
-    for name, parameter in both.named_parameters():
-        ours, theirs = moments[f"{name}/exp_avg"].double(), optimizer.state[parameter]["exp_avg"]
-        assert (ours - theirs).norm() < 0.01 * theirs.norm() + 1e-6, name
+    for run, max_norm in HANDS.items():
+        both.load_state_dict(begin)
+        optimizer = optim.adamw(both, lr=lr, weight_decay=0.0)
+        clips, norms = 0, {"policy": [], "critic": []}
+        for part in (rows[:16], rows[16:]) * 2:
+            tokens, loss = sum(len(row[3]) for row in part), torch.zeros((), dtype=torch.float64)
+            for r, old, before, advantages, returns_of_row in part:
+                logps, _, guess = read(r)
+                a, g = (torch.tensor(x, dtype=torch.float64) for x in (advantages, returns_of_row))
+                ratio = (logps - old).exp()
+                near = guess.clamp(before - clip, before + clip)
+                clips += int((near != guess).sum())
+                loss = loss - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum() / tokens
+                worst = torch.maximum((guess - g).square(), (near - g).square())
+                loss = loss + weight * 0.5 * worst.sum() / tokens
+            optimizer.zero_grad()
+            loss.backward()
+            for name, found in norms.items():
+                grads = [p.grad for p in both[name].parameters() if p.grad is not None]
+                found.append(sum(float(grad.square().sum()) for grad in grads) ** 0.5)
+                for grad in grads:
+                    grad.mul_(min(1.0, max_norm / (found[-1] + 1e-6)))
+            optimizer.step()
+        assert clips > 20  # the clip of the values has been at work
+        assert all((found[0] > 1.5 * max_norm) == (run == "hand_clipped") for found in norms.values())
+        assert records(runs(run))[0]["grad_norm"] == pytest.approx(max(norms["policy"]), rel=1e-3)
+        moments = load_file(runs(run) / "state/step_000001/optimizer.safetensors")
+        for name, parameter in both.named_parameters():
+            ours, theirs = moments[f"{name}/exp_avg"].double(), optimizer.state[parameter]["exp_avg"]
+            assert (ours - theirs).norm() < 0.01 * theirs.norm() + 1e-6, (run, name)
 
 
 def test_the_reward_model_gives_the_reward_and_the_verifier_is_told_beside_it(start, runs):
@@ -251,6 +303,8 @@ def test_the_reward_model_gives_the_reward_and_the_verifier_is_told_beside_it(st
     assert 0 < told[0]["verified"] < 1 and len({len(r.completion_ids) for _, r in drawn}) > 1
     assert {"eval_reward", "eval_verified"} <= told[-1].keys()
     assert told[-1]["eval_verified"] in (0.0, 1.0) != told[-1]["eval_reward"]
+    printed = (runs("told") / "printed.txt").read_text()
+    assert printed.count(NOTE) == 2  # its template is another: told once by each of two runs
 
 
 def test_a_reward_model_alone_needs_no_answers(runs):
@@ -286,15 +340,14 @@ def test_resume_continues_bit_for_bit(runs, cut, whole):
     assert metrics.read_rollouts(runs(cut), 3) == metrics.read_rollouts(runs(whole), 3)
 
 
-@pytest.mark.parametrize(("whole", "flags"), [("own", []), ("shared", ["--critic", "shared"])])
-def test_micro_batches_and_ranks_change_nothing(start, runs, tmp_path, whole, flags):
-    flags = ["--verifier", "math", *STEADY, *flags, "--micro-batch", "3"]
-    train(start, tmp_path / "ranks", *flags, ranks=2)
-    for other in (tmp_path / "ranks", *([runs("micro")] if whole == "own" else [])):
-        for a, b in zip(records(other), records(runs(whole)), strict=True):
+@pytest.mark.parametrize("whole", ["own", "shared", "told"])
+def test_micro_batches_and_ranks_change_nothing(runs, whole):
+    """Of told, with a reward model, one prompt is evaluated: one of the two ranks has no share in that."""
+    for other in (f"{whole}_ranks", *(["micro"] if whole == "own" else [])):
+        for a, b in zip(records(runs(other)), records(runs(whole)), strict=True):
             assert a == pytest.approx(b, abs=1e-4)
         for name, tensor in weights(runs(whole)).items():
-            torch.testing.assert_close(weights(other)[name], tensor, rtol=0, atol=1e-4)
+            torch.testing.assert_close(weights(runs(other))[name], tensor, rtol=0, atol=1e-4)
 
 
 def test_the_folders_load_as_a_policy_and_a_critic(runs):
@@ -311,6 +364,12 @@ def test_the_folders_load_as_a_policy_and_a_critic(runs):
     assert not any(name.startswith("critic.") for name in state)  # one trunk, told once
 
 
+def test_a_critic_of_another_shape_is_saved_in_that_shape(start, runs):
+    before, after = load_score_model(start["narrow"]), load_score_model(runs("narrow") / "critic", labels=1)
+    assert after.config == before.config != load_model(runs("narrow") / "model").config
+    assert after.config.num_hidden_layers == 1 and after.score.weight.abs().max() > 1e-3
+
+
 # ---- the file, and what it refuses
 
 
@@ -320,48 +379,59 @@ def test_the_difference_to_grpo_is_a_page():
     assert 50 < len(changed) <= 100, len(changed)
 
 
+M = ["--verifier", "math"]
+ROOM = r"mixed\.jsonl:1: the prompt has \d+ tokens, 10 leave room for max_new_tokens"
 BAD = [
     ([], "verifier or reward_model must be given"),
-    (
-        ["--verifier", "math", "--reward-model", "{stranger}"],
-        r"its tokenizer is not that of .*train_reward\.py",
-    ),
-    (["--verifier", "math", "--critic", "{stranger}"], "its tokenizer is not that of"),
-    (["--verifier", "math", "--epochs", "0"], "epochs must be at least 1 with loss=ppo, got 0"),
-    (
-        ["--verifier", "math", "--beta", "0", "--kl-target", "1"],
-        "kl_target: expected 0, or above 0 with beta",
-    ),
-    (["--verifier", "math", "--minibatches", "3"], "must be a multiple of ranks × minibatches"),
-    (["--verifier", "math", "--data", "{bare}"], r"bare\.jsonl:1: no answer to verify against"),
+    ([*M, "--reward-model", "{stranger}"], r"its tokenizer is not that of .*train_reward\.py"),
+    ([*M, "--reward-model", "{hub}"], r"hub: no tensor score\.weight: a language model has no score"),
+    ([*M, "--critic", "{stranger}"], "its tokenizer is not that of"),
+    ([*M, "--ref-model", "{stranger}"], "ref_model: .*stranger has another tokenizer than"),
+    ([*M, "--reward-model", "{short}"], ROOM),
+    ([*M, "--critic", "{short}"], ROOM),
+    ([*M, "--ref-model", "{short}"], ROOM),
+    ([*M, "--epochs", "0"], "epochs must be at least 1 with loss=ppo, got 0"),
+    ([*M, "--value-clip", "nan"], "value_clip must be at least 0 with loss=ppo, got nan"),
+    ([*M, "--beta", "0", "--kl-target", "1"], "kl_target: expected 0, or above 0 with beta"),
+    ([*M, "--warmup", "-1"], "warmup: expected 0 <= warmup <= steps, got warmup -1"),
+    ([*M, "--minibatches", "3"], "must be a multiple of ranks × minibatches"),
+    ([*M, "--data", "{bare}"], r"bare\.jsonl:1: no answer to verify against"),
+    (["--reward-model", "{judge}", "--out", "{run}", "--resume"], "reward_model: .* was started with '"),
 ]
 
 
-def test_bad_input_is_named(start, runs, tmp_path):
+def test_bad_input_is_named_before_anything_is_sampled(start, runs, tmp_path):
     """Every refusal of the table, in one process."""
     make_chat(tmp_path / "stranger", "header")
     hub = hub_folder(tmp_path / "other")
     shutil.copy(hub / "model.safetensors", tmp_path / "stranger")
     shutil.copy(hub / "config.json", tmp_path / "stranger")
-    places = {"stranger": tmp_path / "stranger", "bare": runs("bare").parent / "bare.jsonl"}
+    places = start | {"stranger": tmp_path / "stranger", "bare": runs("bare").parent / "bare.jsonl"}
+    places |= {"run": runs("bare"), "judge": runs("learn") / "critic"}
+    before = records(runs("bare"))
     commands = [
         command(start, tmp_path / f"bad{i}", *(flag.format(**places) for flag in flags))
         for i, (flags, _) in enumerate(BAD)
     ]
-    program = IN_A_ROW.replace("    runpy", "    try:\n        runpy").rstrip() + (
-        "\n    except ValueError as error:\n        print('REFUSED', error)\n"
+    attempt = "    try:\n    {}\n    except ValueError as error:\n        print('REFUSED', error)"
+    program = re.sub("^    runpy.*$", lambda line: attempt.format(line[0]), IN_A_ROW, flags=re.MULTILINE)
+    program = (
+        f"from nanopost.rollout import sampler\nsampler.sample = None\n{program}"  # a call fails the test
     )
     printed = run_script(["-c", program, json.dumps(commands)], ranks=1)
     refused = [line for line in printed.splitlines() if line.startswith("REFUSED")]
     assert len(refused) == len(BAD), printed
     for line, (_, message) in zip(refused, BAD, strict=True):
         assert re.search(message, line), line
+    left = {path.name for path in tmp_path.glob("bad*/*")}
+    assert left <= {"args.json", "env.json"} and records(runs("bare")) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", ["0", "1", "2"])
 def test_it_learns_from_every_seed(start, tmp_path, seed):
+    """From a coin's toss (0.53, 0.44, 0.47 were seen) to every answer of the last 160 right (1.0 each)."""
     flags = ["--verifier", "math", "--steps", "60", "--epochs", "2", "--minibatches", "2", "--seed", seed]
-    train(start | {"data": start["sevens"]}, tmp_path / "run", *flags)
+    train_all([command(start | {"data": start["sevens"]}, tmp_path / "run", *flags)])
     told = records(tmp_path / "run")
-    assert told[0]["reward"] < 0.75 and sum(record["reward"] for record in told[-5:]) / 5 > 0.95
+    assert told[0]["reward"] < 0.7 and sum(record["reward"] for record in told[-5:]) / 5 > 0.97
