@@ -33,7 +33,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     )),
     "preference": ("chosen_change", (
         "loss eval_loss", "margin eval_margin", "accuracy eval_accuracy", "chosen_change rejected_change",
-        "eval_chosen_change eval_rejected_change", "kl_ref eval_kl_ref", "sft eval_sft", "lr", "grad_norm",
+        "eval_chosen_change eval_rejected_change", "kl_from_ref eval_kl_from_ref", "sft eval_sft",
+        "lr", "grad_norm",
     )),
     "distillation": ("agreement", (
         "loss eval_loss", "kl eval_kl", "agreement eval_agreement", "length", "lr", "grad_norm",
@@ -46,7 +47,12 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 FURTHER: tuple[str, ...] = ("loss", "clipped", "stopped", "rollout_s verify_s train_s", "seconds", "tokens")
 FURTHER += ("eval_accuracy_chosen_shorter eval_accuracy_chosen_longer",)
+FURTHER += ("eval_elo", "eval_calibration_error", "eval_length_correlation", "eval_right")
 TOLD = ("eval_audit_",)  # keys of a single record, which a table tells instead
+RATED = ("eval_error_", "eval_spread_", "eval_length_correlation_")  # the same, once evaluation.json is there
+# What names the algorithm of a run, where its args.json has it.
+ALGORITHM = {"loss": "Loss", "labels": "Labels", "mode divergence": "Mode", "beta": "β"}
+ALGORITHM |= {"teacher": "Teacher", "reward_model": "Reward model", "verifier": "Verifier"}
 SECONDS = ("rollout_s", "verify_s", "train_s", "seconds")
 GROUPS = 3  # prompts shown of a rollout step
 TOKENS = 12_000  # shown of a run's rollouts, so that the file stays small
@@ -125,12 +131,17 @@ def _run(folder: Path, name: str, index: int) -> dict[str, Any]:
     args, env = _read(folder / "args.json"), _read(folder / "env.json")
     keys = {k for record in records for k, v in record.items() if isinstance(v, int | float)} - {"step"}
     kind = next((kind for kind, (key, _) in KINDS.items() if key in keys), "supervised")
-    first, left = _panels(KINDS[kind][1], {key for key in keys if not key.startswith(TOLD)})
+    evaluation = _evaluation(folder, f"r{index}-c")
+    told = TOLD + (RATED if evaluation else ())
+    first, left = _panels(KINDS[kind][1], {key for key in keys if not key.startswith(told)})
     further, left = _panels(FURTHER, left)
     pairs = [f"{key} eval_{key}" for key in sorted(left) if f"eval_{key}" in left]
     further += sorted([*pairs, *left.difference(*(pair.split() for pair in pairs))])
     spent = sum(record.get(key) or 0 for record in records for key in SECONDS)
     about = {"Model": args.get("model"), "Data": args.get("data"), "Steps": f"{len(records):,}"}
+    for key, word in ALGORITHM.items():
+        parts = [str(args[part]) for part in keys_of(key) if args.get(part) is not None]
+        about |= {word: ", ".join(parts)} if parts else {}
     return {
         "name": name,
         "id": f"run-{index}",
@@ -139,7 +150,7 @@ def _run(folder: Path, name: str, index: int) -> dict[str, Any]:
         "figures": [curves(panel, records, f"r{index}-{i}") for i, panel in enumerate(first)],
         "further": [curves(panel, records, f"r{index}-f{i}") for i, panel in enumerate(further)],
         "tables": {"args.json": args, "env.json": env},
-        "evaluation": _evaluation(folder, f"r{index}-c"),
+        "evaluation": evaluation,
         **_rollouts(folder),
     }
 

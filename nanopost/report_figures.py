@@ -16,7 +16,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-SHARES = ("worked", "exact", "no_signal", "stopped", "accuracy", "agreement", "verified", "eval_verified")
+SHARES: tuple[str, ...] = ("worked", "exact", "no_signal", "stopped", "accuracy", "agreement", "verified")
+SHARES += ("eval_verified", "eval_accuracy_chosen_shorter", "eval_accuracy_chosen_longer", "eval_right")
 LEAST = 1e-3  # what an axis spans at least, so that a rounding error looks like the zero it is
 POINTS = 500  # of a curve; more steps than that are averaged in bins
 # Colours as matplotlib writes them, and what the page's light and dark themes call them.
@@ -38,8 +39,8 @@ def curves(panel: str, records: Sequence[dict[str, Any]], name: str) -> dict[str
         panel: keys of the records; those after a | have the axis on the right.
         records: of metrics.jsonl, at least one.
         name: in front of the drawing's ids.
-    Returns: panel and drawing; of each series its key, kind ("share" or "number"), first and last (of the
-        smoothed line), low and high (of the steps).
+    Returns: panel and drawing; of each series its key, kind ("share" or "number"), points, first and last (of
+        the smoothed line), low and high (of the steps).
     """
     keys, right = keys_of(panel), keys_of(panel.partition("|")[2])
     series = [one for one in (_series(key, records, "step", label=key) for key in keys) if one["x"]]
@@ -157,7 +158,7 @@ def _series(key: str, records: Sequence[dict[str, Any]], against: str, *, label:
 def _ends(one: Series) -> dict[str, Any]:
     """What a page says of a series in words."""
     ends = {"first": one["line"][0], "last": one["line"][-1], "low": min(one["y"]), "high": max(one["y"])}
-    return {"key": one["key"], "kind": one["kind"], **ends}
+    return {"key": one["key"], "kind": one["kind"], "points": len(one["x"]), **ends}
 
 
 def _line(axes: Any, one: Series, style: tuple[str, Any], *, faint: bool = False) -> None:

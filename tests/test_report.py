@@ -156,8 +156,12 @@ def sft_run(folder: Path, steps: int = 3) -> Path:
     return folder
 
 
-def run_of(folder: Path, records: list[dict[str, Any]], evaluation: dict[str, Any] | None = None) -> Path:
+def run_of(
+    folder: Path, records: list[dict[str, Any]], evaluation: dict[str, Any] | None = None, **args: Any
+) -> Path:
     metrics.open_run(folder, Config(), env={}, resume=False)
+    if args:
+        (folder / "args.json").write_text(json.dumps({"model": "m", "data": "d", **args}), encoding="utf-8")
     for step, values in enumerate(records):
         metrics.write_record(folder, step, values)
     if evaluation:
@@ -310,14 +314,18 @@ def test_ppo_with_a_verifier_alone_has_one_reward(tmp_path: Path) -> None:
 
 def test_a_preference_run_lays_both_changes_on_one_figure(tmp_path: Path) -> None:
     values = {"loss": 0.5, "margin": 1.0, "accuracy": 0.75, "chosen_change": -1.0, "rejected_change": -3.0}
-    values |= {"kl_ref": 0.1}
+    values |= {"kl_from_ref": 0.1}
     records = [values | COMMON, {**values, **COMMON, "chosen_change": -2.0, "eval_accuracy": 0.5}]
     run = run_of(tmp_path / "run", records)
     page = Page(report.write_report(run))
-    assert page.titles == ["Loss", "Margin", "Accuracy", "Change of log-prob", "KL to the reference",
+    assert page.titles == ["Loss", "Margin", "Accuracy", "Change of log-prob", "KL(reference ‖ policy)",
                            "Learning rate", "Gradient norm", "Time", "Tokens"]  # fmt: skip
     assert seen(run, "Change of log-prob").endswith("chosen −1 → −2 rejected −3 → −3")
-    assert seen(run, "Accuracy").endswith("training 75% → 75% held out 50% → 50%")
+    assert seen(run, "Accuracy").endswith("training 75% → 75% held out 50%")  # one point, one number
+    label = next(
+        a["aria-label"] for t, a in page.tags if t == "svg" and "Accuracy" in (a["aria-label"] or "")
+    )
+    assert label == "Accuracy by step: training from 75% to 75%, between 75% and 75%; held out 50%"
     assert "preference optimisation" in page.source
 
 
@@ -325,7 +333,108 @@ def test_a_distillation_run(tmp_path: Path) -> None:
     values = {"loss": 2.0, "kl": 1.5, "agreement": 0.25, "length": 9.0, "rollout_s": 1.0, **COMMON}
     page = Page(report.write_report(run_of(tmp_path / "run", [values, values | {"eval_kl": 1.0}])))
     assert page.titles[:4] == ["Loss", "KL(teacher ‖ student)", "Agreement", "Length"]
-    assert page.titles[4:] == ["Learning rate", "Gradient norm", "Time", "Time", "Tokens"]
+    assert page.titles[4:] == ["Learning rate", "Gradient norm", "Sampling time", "Time", "Tokens"]
+    assert seen(tmp_path / "run", "Loss") == "Loss nats a token 2 → 2"
+
+
+FALL = "The chosen completions are less likely than at the start: the margin may grow while both sides fall"
+
+
+@pytest.mark.parametrize(("change", "told"), [(-1.0, True), (-1e-6, False), (0.5, False)])
+def test_a_fall_of_the_chosen_is_told_under_its_figure(change: float, told: bool, tmp_path: Path) -> None:
+    values = {"loss": 0.5, "margin": 1.0, "rejected_change": -3.0, **COMMON}
+    records = [{**values, "chosen_change": c} for c in (-change, change)]  # it is the end that counts
+    page = Page(report.write_report(run_of(tmp_path / "run", records)))
+    figures = [text for text in page.texts["figure"] if FALL in text]
+    assert len(figures) == told == page.source.count(FALL)
+    assert all("Change of log-prob" in text for text in figures)
+
+
+@pytest.mark.parametrize(
+    ("args", "loss", "margin"),
+    [
+        ({"loss": "dpo"}, "nats a pair; log 2 at the start", "β times what chosen gained over rejected"),
+        ({"loss": "dpo", "ref_model": "r"}, "nats a pair", "β times what chosen gained over rejected"),
+        (
+            {"loss": "dpo_norm", "sft_weight": 0.5},
+            "nats a pair + sft_weight · SFT loss",
+            "β times what chosen",
+        ),
+        ({"loss": "ipo"}, "nats², a pair", "β times what chosen gained over rejected"),
+        ({"loss": "kto"}, "a row, from 0 to its λ", "β times the distance from z, a row"),
+        ({"loss": "orpo"}, "nats a pair", "log-prob a token, chosen minus rejected"),
+        ({"loss": "simpo"}, "nats a pair", "β times chosen minus rejected log-prob a token"),
+        ({"loss": "robust"}, "nats a pair", "β times what chosen gained over rejected"),
+        (
+            {"loss": "robust", "label_smoothing": 0.0},
+            "nats a pair; log 2 at the start",
+            "β times what chosen",
+        ),
+    ],
+)
+def test_a_preference_page_speaks_of_its_loss(
+    args: dict[str, Any], loss: str, margin: str, tmp_path: Path
+) -> None:
+    records = [dict.fromkeys(NAMES["dpo"][0].split(), 0.5)]
+    run = run_of(tmp_path / "run", records, None, **{"sft_weight": 0.0, **args})
+    assert seen(run, "Loss") == f"Loss {loss} 0.5"
+    assert seen(run, "Margin").startswith(f"Margin {margin}")
+    start = args["loss"] in ("orpo", "simpo")  # they have no reference
+    assert seen(run, "KL(").startswith(f"KL({'start' if start else 'reference'} ‖ policy)")
+
+
+# What each script writes in a record; the second text stands for the names with eval_ in front.
+NAMES = {
+    "sft": ("loss lr grad_norm tokens seconds", "loss"),
+    "grpo": ("reward boxed correct reasoning stopped length no_signal entropy clipped kl_old kl_ref loss "
+             "grad_norm rollout_s verify_s train_s lr", "reward length boxed correct reasoning"),
+    "grpo, ledger": ("reward json shape exact worked refused due stopped length no_signal entropy loss lr "
+                     "clipped kl_old kl_ref grad_norm", "reward length json shape exact worked refused due"),
+    "ppo": ("reward verified boxed correct reasoning stopped length entropy clipped kl_old kl_ref value_loss "
+            "explained_variance beta loss grad_norm rollout_s verify_s train_s lr",
+            "reward length verified boxed correct reasoning"),
+    "ppo, reward model": ("reward stopped length entropy clipped kl_old kl_ref value_loss lr loss grad_norm "
+                          "explained_variance beta rollout_s verify_s train_s", "reward length"),
+    "dpo": ("loss margin accuracy chosen_change rejected_change kl_from_ref sft lr grad_norm tokens seconds",
+            "loss margin accuracy chosen_change rejected_change kl_from_ref sft"),
+    "distill": ("loss kl agreement lr grad_norm tokens seconds length rollout_s", "loss kl agreement"),
+    "distill, text": ("loss lr grad_norm tokens seconds", "loss"),
+    "reward, pairs": ("loss accuracy margin lr grad_norm tokens seconds",
+                      "accuracy loss margin elo length_correlation accuracy_chosen_shorter calibration_error "
+                      "accuracy_chosen_longer audit_correctness"),
+    "reward, steps": ("loss accuracy margin lr grad_norm tokens seconds",
+                      "accuracy loss right margin length_correlation"),
+    "reward, attributes": ("loss error lr grad_norm tokens seconds",
+                           "loss error_coherence spread_coherence length_correlation_coherence"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_no_figure_bears_a_raw_key(script: str, tmp_path: Path) -> None:
+    own, held_out = (text.split() for text in NAMES[script])
+    keys = {*own, *(f"eval_{name}" for name in held_out)}
+    found: dict[str, Any] | None = {"step": 2, "labels": "pairs"} if script.startswith("reward,") else None
+    run = run_of(tmp_path / "run", [dict.fromkeys(own, 0.25), dict.fromkeys(sorted(keys), 0.25)], found)
+    page = Page(report.write_report(run))
+    shown = [caption.split()[0] for caption in page.texts["figcaption"]]
+    assert len(shown) >= 4 and not {*shown, *page.titles} & keys, (shown, page.titles)
+    assert len({*page.titles}) == len(page.titles)  # no two of a name
+
+
+def test_the_facts_name_the_algorithm(tmp_path: Path) -> None:
+    args: dict[str, Any] = {
+        "loss": "ipo",
+        "labels": None,
+        "mode": "on-policy",
+        "divergence": "reverse",
+        "beta": 0.0,
+    }
+    args |= {"teacher": "t/<b>", "reward_model": "rm", "verifier": "gsm8k"}
+    page = Page(report.write_report(run_of(tmp_path / "run", [{"loss": 1.0}], **args)))
+    facts = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+    assert (facts["Loss"], facts["Mode"], facts["β"]) == ("ipo", "on-policy, reverse", "0.0")
+    assert (facts["Teacher"], facts["Reward model"], facts["Verifier"]) == ("t/<b>", "rm", "gsm8k")
+    assert "Labels" not in facts
 
 
 BINS = [{"from": 0.0, "to": 0.5, "pairs": 8, "wins": 4.5, "expected": 4.5},
@@ -338,7 +447,11 @@ def test_a_reward_run_shows_calibration_audit_and_what_length_decides(tmp_path: 
     last = values | {"eval_accuracy": 0.625, "eval_audit_<short>": 0.5}
     found = {"step": 2, "labels": "pairs", "audit_note": "n", "pairs": 12, "accuracy": 0.625, "elo": 17.5}
     found |= {"length_correlation": None, "accuracy_chosen_shorter": 0.75, "pairs_chosen_shorter": 4}
-    found |= {"calibration": BINS, "audit": {"<short>": {"pairs": 8, "accuracy": 0.5}}}
+    found |= {
+        "calibration_error": 0.125,
+        "calibration": BINS,
+        "audit": {"<short>": {"pairs": 8, "accuracy": 0.5}},
+    }
     run = run_of(tmp_path / "run", [values, last], found)
     page = Page(report.write_report(run))
     assert page.titles[:5] == ["Loss", "Accuracy", "Margin", "Learning rate", "Gradient norm"]
@@ -346,7 +459,8 @@ def test_a_reward_run_shows_calibration_audit_and_what_length_decides(tmp_path: 
     assert "eval_audit" not in "".join(page.titles)  # told by the table alone
     facts = " ".join(page.texts["dl"][1].split())
     assert facts == ("Pairs 12 Accuracy 62.5% Lead in Elo points 17.5 Correlation of score and length – "
-                     "… where the better is shorter 75.0% of 4")  # fmt: skip
+                     "… where the better is shorter 75.0% of 4 "
+                     "Calibration error, mean |counted − promised| 12.5%")  # fmt: skip
     counts = " ".join(page.texts["table"][0].split())
     assert counts == "category pairs accuracy <short> 8 50.0%"
 
@@ -382,9 +496,9 @@ def test_ratings_are_told_attribute_by_attribute(tmp_path: Path) -> None:
 
 
 def test_what_nothing_names_shares_a_figure_with_its_held_out_self(tmp_path: Path) -> None:
-    records = [ppo_record(0, json=1.0, eval_json=0.5, eval_other=1.0), ppo_record(1)]
+    records = [ppo_record(0, form=1.0, eval_form=0.5, eval_other=1.0), ppo_record(1)]
     titles = Page(report.write_report(run_of(tmp_path / "run", records))).titles
-    assert titles[-3:] == ["eval_other", "json", "Learning rate"]
+    assert titles[-3:] == ["eval_other", "form", "Learning rate"]
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:
