@@ -8,12 +8,12 @@ p = softmax(z/τ); D is --divergence: forward KL(p_T‖p_S), reverse KL(p_S‖p_
 a step's completions, prompts are masked out. --sft-weight α gives (1 − α) D − α log π_S(y_t), --hidden-weight
 adds the distance of the last hidden states under a learnt map that is thrown away in the end.
 
-    python train_distill.py --mode logits --model STUDENT --teacher TEACHER --data chats.jsonl
-    torchrun --nproc-per-node 8 train_distill.py --mode on-policy --model STUDENT --teacher TEACHER --data …
+    python train_distill.py --mode logits --model S --teacher T --data chats.jsonl --out runs/distill
+    torchrun --nproc-per-node 8 train_distill.py --mode on-policy --model S --teacher T --data chats.jsonl
 
 Text of a teacher elsewhere needs no --teacher, but records that name theirs (`teacher`, `decoding`). kl is
-KL(p_T‖p_S) at τ = 1 whatever D is, seconds are without rollout_s. Memory: the teacher's logits are made for
-each micro-batch, never stored. Delta to GKD (Agarwal et al. 2024): no mixture of data and samples; τ²·D.
+KL(p_T‖p_S) at τ = 1 whatever D is: a student that is its teacher has loss and kl 0. seconds are without
+rollout_s; teacher logits are never stored. Delta to GKD (Agarwal et al. 2024): no mixture with data; τ²·D.
 """
 
 import time

@@ -9,11 +9,11 @@ single completions, liked or disliked (F18), orpo and simpo no reference (F19, F
     python train_dpo.py --model runs/sft/model --data pairs.jsonl --out runs/dpo
     torchrun --nproc-per-node 8 train_dpo.py --model runs/sft/model --data pairs.jsonl --out runs/dpo
 
-The reference never changes: its log-probs are scored once, kept by sample in OUT/logps, and it is dropped.
-margin in the line is β·h; β(ℓ⁺ − ℓ⁻) for simpo, ℓ⁺ − ℓ⁻ for orpo, ±β(r − z) of each row for kto. kl_from_ref
-is a k3 estimate of KL(π_ref ‖ π_θ) per token, for orpo and simpo from the start; unbiased if π_ref sampled
-the pairs. Delta to Rafailov et al. 2023: AdamW, not RMSprop; to Ethayarajh et al. 2024: kto's z is the mean
-over the step's mismatched pairs, not a micro-batch's, and the data fix each: a batch of one has its own.
+The reference is scored once, its log-probs are kept by sample in OUT/logps, and it is dropped. The first line
+says log 2 (dpo), margin 0, accuracy ½, changes 0, kl 0, up to rounding. margin is β·h; without a reference it
+is β(ℓ⁺ − ℓ⁻) (simpo), ℓ⁺ − ℓ⁻ (orpo), and not 0 then; ±β(r − z) a row for kto. kl_from_ref: KL(π_ref ‖ π_θ) a
+token by k3, for simpo and orpo from the start; unbiased if π_ref sampled the pairs. Delta to Rafailov et al.
+2023: AdamW; to Ethayarajh et al. 2024: kto's z is a mean over the step's mismatched pairs, fixed by the data.
 """
 
 import time

@@ -10,9 +10,9 @@ read at the answer's last token, its stop token, found by length: padding may be
 starts at 0, so the first record says log 2 (pairs, steps, outcomes) and an accuracy of ½, all ties.
 
     python train_reward.py --model runs/sft/model --labels pairs --data pairs.jsonl --out runs/reward
-    torchrun --nproc-per-node 8 train_reward.py --model runs/sft/model --labels pairs --data pairs.jsonl
+    torchrun --nproc-per-node 8 train_reward.py --model DIR --labels pairs --data FILE --out runs/reward
 
-DIR of --model is a language model or a score model in hub format; runs/reward/model is one that transformers'
+DIR is a language model or a score model in hub format; runs/reward/model is one that transformers'
 AutoModelForSequenceClassification loads. evaluation.json keeps what is measured on held-out labels: accuracy,
 calibration against 1/(1 + e^−Δ), Elo, what length decides, and the audit (nanopost/evals/audit.py). Delta to
 InstructGPT (Ouyang et al. 2022, eq. 1): every pair stands alone, and rewards are not shifted afterwards.

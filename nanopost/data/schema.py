@@ -190,7 +190,8 @@ def parse_record(obj: Any, *, file: str, line: int) -> Record:
 
 def _prompt_completion(rest: dict[str, Any], file: str, line: int) -> tuple[tuple[Message, ...], int]:
     if missing := [key for key in ("prompt", "completion") if key not in rest]:
-        fail(file, line, f"{missing[0]!r} is missing: prompt and completion come together")
+        hint = "; a prompt alone is written as messages with a user turn" if missing == ["completion"] else ""
+        fail(file, line, f"{missing[0]!r} is missing: prompt and completion come together{hint}")
     if isinstance(rest["prompt"], str) and isinstance(rest["completion"], str):
         texts = [parse_text(rest, key, file, line) for key in ("prompt", "completion")]
         return (Message("user", texts[0]), Message("assistant", texts[1])), 1

@@ -44,7 +44,7 @@ CHOICES: dict[str, Any] = {"rule": RULES, "keep": KEEP, "drop": FILTERS}
 FLAGS: dict[str, tuple[Any, Any, str]] = {
     "model": (Path, None, "folder in hub format; with --groups its tokenizer counts missing lengths"),
     "data": (Path, None, "JSONL of prompts with answers"),
-    "verifier": (str, None, "MODULE:FUNCTION, called with a completion and the record's answer"),
+    "verifier": (str, None, "gsm8k, math, ledger or MODULE:FUNCTION, called with completion and answer"),
     "groups": (Path, None, "JSONL of groups, instead of sampling"),
     **SAMPLING,
     "threads": (int, 0, "CPU threads; 0: torch's choice; 1 is fastest for tiny models"),

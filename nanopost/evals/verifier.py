@@ -7,19 +7,22 @@ from typing import Any
 from nanopost.rewards.verdict import Verdict
 
 Verifier = Callable[[str, Any], Verdict]  # completion, the record's answer
+SHORT = {  # by the names that --verifier of the scripts has
+    "gsm8k": "nanopost.rewards.math:gsm8k",
+    "math": "nanopost.rewards.math:math_reward",
+    "ledger": "nanopost.worlds.ledger:verify",
+}
 RIGHT_PARTS = ("correct", "exact")  # the part of a verdict that says whether a completion is right
 
 
 def load_verifier(name: str) -> tuple[Verifier, str | None]:
-    """The function that MODULE:FUNCTION names, and the version of the package it is in, if that has one.
+    """The function that MODULE:FUNCTION or a short name says, and its package's version, if that has one.
 
     Raises: ValueError for another form, a module that is not there, a name in it that is no function.
     """
-    module, _, function = name.partition(":")
+    module, _, function = SHORT.get(name, name).partition(":")
     if not (module and function):
-        raise ValueError(
-            f"verifier must be MODULE:FUNCTION, such as nanopost.rewards.math:gsm8k, got {name!r}"
-        )
+        raise ValueError(f"verifier must be one of {', '.join(SHORT)} or MODULE:FUNCTION, got {name!r}")
     try:
         found = import_module(module)
     except ModuleNotFoundError as error:

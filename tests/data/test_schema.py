@@ -107,8 +107,8 @@ BAD = [
     (b'{"answer": "y"}', "of no known kind"),
     (b'{"text": "x", "messages": []}', "two kinds at once (messages and text)"),
     (b'{"prompt": "x", "completion": "y", "question": "z"}', "two kinds at once"),
-    (b'{"prompt": "x"}', "'completion' is missing"),
-    (b'{"completion": "x"}', "'prompt' is missing"),
+    (b'{"prompt": "x"}', "; a prompt alone is written as messages with a user turn"),
+    (b'{"completion": "x"}', "'prompt' is missing: prompt and completion come together"),
     (b'{"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}', "prompt must be a list"),
     (b'{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}', "completion must be a list"),
     (

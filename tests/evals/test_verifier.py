@@ -1,13 +1,15 @@
 """A verifier by its name, and what its verdict says of right and wrong."""
 
 import math
+import runpy
 
 import pytest
 
 from nanopost import __version__
-from nanopost.evals.verifier import is_right, load_verifier
+from nanopost.evals.verifier import SHORT, is_right, load_verifier
 from nanopost.rewards.math import gsm8k
 from nanopost.rewards.verdict import Verdict
+from tests.ranks import ROOT
 
 
 def test_right_is_a_part_of_the_verdict() -> None:
@@ -23,11 +25,19 @@ def test_a_verifier_is_found_by_its_name() -> None:
     assert load_verifier("math:sqrt") == (math.sqrt, None)  # a module without a version
 
 
+def test_short_names_are_those_of_the_scripts() -> None:
+    for script in ("train_grpo.py", "train_ppo.py"):
+        names = runpy.run_path(str(ROOT / script), run_name="read")["VERIFIERS"]
+        assert {*names} == {*SHORT}
+        for name, function in names.items():
+            assert load_verifier(name) == (function, __version__)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gsm8k", "verifier must be MODULE:FUNCTION, such as .*, got 'gsm8k'"),
-        ("nanopost.rewards.math:", "verifier must be MODULE:FUNCTION"),
+        ("maths", "verifier must be one of gsm8k, math, ledger or MODULE:FUNCTION, got 'maths'"),
+        ("nanopost.rewards.math:", "verifier must be one of .* got 'nanopost.rewards.math:'"),
         ("nanopost.rewards.nothing:gsm8k", "verifier='nanopost.rewards.nothing:gsm8k': No module named"),
         ("nanopost.rewards.math:nothing", "the module nanopost.rewards.math has no function 'nothing'"),
         ("nanopost.rewards.math:TOLERANCE", "has no function 'TOLERANCE'"),
