@@ -21,7 +21,7 @@ demo-ppo: $(STAMP)
 test test-deep: export OMP_NUM_THREADS = 1
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-deep: lint
 	NANOPOST_EXAMPLES=100 $(BIN)/python -m pytest
