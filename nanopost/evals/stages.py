@@ -135,7 +135,6 @@ def candidates(chat: Chat, rollouts: Sequence[Rollout], verdicts: Sequence[Verdi
             correct=verdict.parts["exact"] == 1,
             tokens=len(rollout.completion_ids),
             reason=verdict.reason,
-            cut=rollout.finish_reason == "length",
         )
         for rollout, verdict in zip(rollouts, verdicts, strict=True)
     ]

@@ -52,8 +52,9 @@ def test_against_another_it_is_judged_prompt_by_prompt(models, records) -> None:
     for folder in models:
         model, chat = load_model(folder), load_chat(folder)
         done = complete(model, chat, records, temperature=1.0, **OPTIONS)
-        ended = [(r, even(decode(chat, r.completion_ids), None), r.finish_reason == "stop") for r in done]
-        sides.append([(verdict.score * stop, -len(r.completion_ids)) for r, verdict, stop in ended])
+        sides.append(
+            [(even(decode(chat, r.completion_ids), None).score, -len(r.completion_ids)) for r in done]
+        )
     points = 0.0
     for (own, shorter), (other, than) in zip(*sides, strict=True):
         mine, theirs = (own, shorter * own), (other, than * other)  # of two wrong ones length tells nothing
