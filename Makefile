@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo demo-zero demo-ppo test test-deep lint clean
+.PHONY: demo demo-zero demo-ppo test test-deep bench lint clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -31,16 +31,19 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.run all
+
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The install is done again when what it installs has changed, and never otherwise.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("nanopost needs Python 3.11 or later, $(PYTHON) is %d.%d: try PYTHON=python3.12 make" % v[:2])'
-	@echo "Installing into .venv: torch 2.13.0, then nanopost with its extras report, test and dev (constraints.txt)"
+	@echo "Installing into .venv: torch 2.13.0, then nanopost with its extras report, kernels, test and dev (constraints.txt)"
 	@start=$$(date +%s) \
 	&& { test -x $(BIN)/python || $(PYTHON) -m venv .venv; } \
 	&& $(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 \
-	&& $(BIN)/python -m pip install -q -c constraints.txt -e ".[report,test,dev]" \
+	&& $(BIN)/python -m pip install -q -c constraints.txt -e ".[report,kernels,test,dev]" \
 	&& touch $@ \
 	&& echo "Installed $$($(BIN)/python -m pip list --format=freeze | wc -l) packages in $$(($$(date +%s) - start)) seconds"

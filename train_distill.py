@@ -184,17 +184,17 @@ def main(cfg: Config) -> None:
     teacher = None if cfg.mode == "text" else load_model(cfg.teacher).to(device).requires_grad_(False).eval()
     hidden: dict[str, Tensor] = {}
 
-    def match(module: torch.nn.Module, _: object, states: Tensor) -> None:
-        """Behind the last norm, inside the forward pass: there every rank has the whole projection."""
+    def match(_: torch.nn.Module, states: tuple[Tensor]) -> None:
+        """Before the head, inside the forward pass: there every rank has the whole projection."""
         if torch.is_grad_enabled():
-            hidden["values"] = losses.hidden_state_loss(states, hidden["teacher"], module.projection)
+            hidden["values"] = losses.hidden_state_loss(*states, hidden["teacher"], policy.model.projection)
 
     if cfg.hidden_weight:
         widths = policy.config.hidden_size, teacher.config.hidden_size
         start = torch.randn(widths, generator=torch.Generator().manual_seed(cfg.seed)) / widths[0] ** 0.5
         policy.model.projection = torch.nn.Parameter(start)  # trained and saved along, not exported
-        policy.model.register_forward_hook(match)
-        teacher.model.register_forward_hook(lambda _, __, states: hidden.update(teacher=states))
+        policy.lm_head.register_forward_pre_hook(match)
+        teacher.lm_head.register_forward_pre_hook(lambda _, states: hidden.update(teacher=states[0]))
     policy, teacher = distributed.shard(policy.to(device)), teacher and distributed.shard(teacher)
     optimizer = optim.adamw(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, policy, optimizer) if cfg.resume else 0
@@ -204,9 +204,8 @@ def main(cfg: Config) -> None:
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
 
     def learning_rate(step: int) -> float:
-        warmup = min(cfg.warmup, steps)
-        shape = {"steps": steps, "warmup": warmup, "kind": cfg.schedule, "final": cfg.final_lr}
-        return cfg.lr * optim.schedule(step, **shape)
+        kind, warmup = cfg.schedule, min(cfg.warmup, steps)
+        return cfg.lr * optim.schedule(step, steps=steps, warmup=warmup, kind=kind, final=cfg.final_lr)
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     def micro_batches(step: int, tasks: list) -> tuple[list[list[Sample]], float]:
@@ -228,25 +227,25 @@ def main(cfg: Config) -> None:
     def measure(samples: list[Sample], total: dict[str, float], denom: float) -> Tensor:
         """A micro-batch's share of the loss; what the line tells of its tokens is added to `total`."""
         batch = collate(samples, device=device)
-        ids, mask = (batch.input_ids, batch.position_ids), batch.completion_mask
+        mask, spans = batch.completion_mask, batch.spans
         if teacher is None:
-            logps = policy.logps(batch.input_ids, batch.target_ids, position_ids=batch.position_ids)
-            seen = {"loss": (values := losses.sft_loss(logps))}
+            logps = policy.logps(batch.input_ids, batch.target_ids, mask=mask, spans=spans, alike=True)
+            seen = {"loss": (values := losses.sft_loss(logps)[mask])}
         else:
             with torch.no_grad():
-                teacher_logits = teacher(*ids)
-            logits = policy(*ids)
+                teacher_logits = teacher(batch.input_ids, mask, spans)
+            logits = policy(batch.input_ids, mask, spans)
             values = divergence(logits, teacher_logits, **knobs)
             if cfg.sft_weight:
-                nll = losses.sft_loss(losses.token_logps(logits, batch.target_ids))
+                nll = losses.sft_loss(losses.token_logps(logits, batch.target_ids[mask]))
                 values = (1 - cfg.sft_weight) * values + cfg.sft_weight * nll
             if cfg.hidden_weight and torch.is_grad_enabled():
                 values = values + cfg.hidden_weight * hidden["values"]
             seen = {"loss": values, "kl": losses.forward_kl(logits.detach(), teacher_logits)}
             seen["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float()
         for name in names:
-            total[name] += float(seen[name].detach()[mask].double().sum()) / denom
-        return losses.aggregate(values, mask, mode="token_mean", denom=denom)
+            total[name] += float(seen[name].detach().double().sum()) / denom
+        return losses.aggregate(values[None], mask[mask][None], mode="token_mean", denom=denom)
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:

@@ -183,9 +183,8 @@ def main(cfg: Config) -> None:
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
 
     def learning_rate(step: int) -> float:
-        warmup = min(cfg.warmup, steps)
-        shape = {"steps": steps, "warmup": warmup, "kind": cfg.schedule, "final": cfg.final_lr}
-        return cfg.lr * optim.schedule(step, **shape)
+        kind, warmup = cfg.schedule, min(cfg.warmup, steps)
+        return cfg.lr * optim.schedule(step, steps=steps, warmup=warmup, kind=kind, final=cfg.final_lr)
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     # None: the completions are the data's.
@@ -217,7 +216,7 @@ def main(cfg: Config) -> None:
         liked = torch.tensor([label for e in examples for label in e.liked], device=device)
         batch = collate(samples, device=device)
         mask, keys = batch.completion_mask, [sample_id(sample) for sample in samples]
-        logps = policy.logps(batch.input_ids, batch.target_ids, position_ids=batch.position_ids)
+        logps = policy.logps(batch.input_ids, batch.target_ids, mask=mask, spans=batch.spans)
         start, ref = (spread([known[key] for key in keys], mask) for known in (start_logps, ref_logps))
         new, old = (losses.sequence_logps(x, mask, average=loss.logp == "mean") for x in (logps, ref))
         values = unit_losses(new, old, liked, z)[:, None]

@@ -136,9 +136,8 @@ def main(cfg: Config) -> None:
 
     # ---- 5 Schedules ---------------------------------------------------------------------------------------
     def learning_rate(step: int) -> float:
-        warmup = min(cfg.warmup, cfg.steps)
-        shape = {"steps": cfg.steps, "warmup": warmup, "kind": cfg.schedule, "final": cfg.final_lr}
-        return cfg.lr * optim.schedule(step, **shape)
+        kind, warmup = cfg.schedule, min(cfg.warmup, cfg.steps)
+        return cfg.lr * optim.schedule(step, steps=cfg.steps, warmup=warmup, kind=kind, final=cfg.final_lr)
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     scope, count = {"temperature": cfg.temperature}, cfg.max_new_tokens
@@ -213,20 +212,20 @@ def main(cfg: Config) -> None:
 
         sums, norms, share = Counter(), [], len(samples) // cfg.minibatches
         for update in list(range(cfg.minibatches)) * cfg.epochs:
-            rows = sorted(range(update * share, (update + 1) * share), key=lambda i: len(completions[i].ids))
-            parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]  # less padding
+            rows = range(update * share, (update + 1) * share)  # groups adjacent share their prompt's cost
+            parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
             batches = [collate([completions[i] for i in part], device=device) for part in parts]
             counts = {"mode": variant.aggregation, "max_tokens": cfg.max_new_tokens}
             denom = distributed.all_sum(sum(local_denom(b.completion_mask, **counts) for b in batches))
             for part, batch in metrics.progress(list(zip(parts, batches, strict=True)), desc="train"):
                 mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
-                logps = policy.logps(*ids, position_ids=batch.position_ids, **scope)
+                logps = policy.logps(*ids, mask=mask, spans=batch.spans, **scope)
                 per_token = (old_logps, ref_logps, advantages)
                 old, ref, pull = (spread([x[i] for i in part], mask).to(logps) for x in per_token)
                 values = policy_values(variant, logps, old, ref, pull, mask)
                 loss = aggregate(values, mask, mode=variant.aggregation, denom=denom)
                 loss.backward()
-                guess = critic.values(batch.input_ids, position_ids=batch.position_ids)
+                guess = critic.values(batch.input_ids, spans=batch.spans)
                 before, target = (spread([x[i] for i in part], mask).to(guess) for x in (old_values, returns))
                 errors = cfg.value_weight * value_loss(guess, before, target, clip=cfg.value_clip or None)
                 aggregate(errors, mask, mode=variant.aggregation, denom=denom).backward()

@@ -163,9 +163,8 @@ def main(cfg: Config) -> None:
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
 
     def learning_rate(step: int) -> float:
-        warmup = min(cfg.warmup, steps)
-        shape = {"steps": steps, "warmup": warmup, "kind": cfg.schedule, "final": cfg.final_lr}
-        return cfg.lr * optim.schedule(step, **shape)
+        kind, warmup = cfg.schedule, min(cfg.warmup, steps)
+        return cfg.lr * optim.schedule(step, steps=steps, warmup=warmup, kind=kind, final=cfg.final_lr)
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     # None: the answers are the data's.

@@ -44,7 +44,6 @@ class Config:
     batch_size: int = 32  # samples an optimiser step, over all ranks
     micro_batch: int = 32  # samples a forward pass, on one rank
     max_length: int = 0  # longer samples are left out and counted; 0: the model's context
-    pack: bool = False  # several samples a row of max_length tokens instead of padding
     lr: float = 1e-4  # peak learning rate
     schedule: Literal["constant", "cosine", "linear"] = "cosine"  # decay after the warm-up
     warmup: int = 10  # steps of linear warm-up
@@ -91,7 +90,6 @@ def main(cfg: Config) -> None:
 
     train = samples_of(cfg.data)
     held_out = samples_of(cfg.eval_data) if cfg.eval_data else []
-    pack_length = longest if cfg.pack else None
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = random_model(cfg.model, seed=cfg.seed) if cfg.from_scratch else load_model(cfg.model)
@@ -104,9 +102,8 @@ def main(cfg: Config) -> None:
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
 
     def learning_rate(step: int) -> float:
-        warmup = min(cfg.warmup, steps)
-        shape = {"steps": steps, "warmup": warmup, "kind": cfg.schedule, "final": cfg.final_lr}
-        return cfg.lr * optim.schedule(step, **shape)
+        kind, warmup = cfg.schedule, min(cfg.warmup, steps)
+        return cfg.lr * optim.schedule(step, steps=steps, warmup=warmup, kind=kind, final=cfg.final_lr)
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     # None: the completions are the data's.
@@ -117,11 +114,9 @@ def main(cfg: Config) -> None:
         return [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)]
 
     def losses(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate(samples, pack_length=pack_length, device=device)
-        logps = policy.logps(
-            batch.input_ids, batch.target_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids
-        )
-        return sft_loss(logps), batch.completion_mask
+        batch = collate(samples, device=device)
+        mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
+        return sft_loss(policy.logps(*ids, mask=mask, spans=batch.spans, alike=True)), mask
 
     @torch.no_grad()
     def evaluate() -> float:

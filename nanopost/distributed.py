@@ -24,11 +24,30 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
-METHODS = ("logps", "values", "scores")  # what a model of ours can be asked beside its forward pass
+METHODS = ("logps", "next_logits", "values", "scores")  # what a model can be asked beside its forward pass
+
+
+def bf16() -> bool:
+    """Whether products are in bfloat16: on a GPU unless NANOPOST_BF16=0, on a CPU if NANOPOST_BF16=1.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get("NANOPOST_BF16", "1" if torch.cuda.is_available() else "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"NANOPOST_BF16 must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def setup() -> None:
-    """Join the process group that torchrun announces; nothing to do on one process."""
+    """Join the process group that torchrun announces (nothing to do on one process), and set the precision.
+
+    With `bf16` this process multiplies in bfloat16 from here on (autocast). Weights, optimiser, norms and
+    losses stay in float32; sampler and trainer then agree to the rounding of bfloat16, no further.
+    """
+    torch.set_autocast_dtype(device().type, torch.bfloat16)
+    torch.set_autocast_enabled(device().type, bf16())
+    torch.set_autocast_cache_enabled(False)  # it would keep the weights of the first step
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
@@ -62,8 +81,8 @@ def shard(model: M) -> M:
 
     Args:
         model: the same weights on every rank, decoder blocks in `model.model.layers`, already on `device()`;
-            its methods `logps`, `values` and `scores`, where it has them, become ways to run it beside the
-            forward pass.
+            its methods `logps`, `next_logits`, `values` and `scores`, where it has them, become ways to run
+            it beside the forward pass.
     Returns:
         The same model; sharded already, it stays as it is. Gradients after backward are sums over ranks.
         Outside a forward or backward pass and outside `gathered`, its parameters are DTensors: build the

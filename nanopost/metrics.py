@@ -209,6 +209,7 @@ def _environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "bf16": torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu"),
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
         "packages": versions,
         "commit": _commit(),

@@ -61,7 +61,7 @@ THIRD_PARTY: dict[str, set[str]] = {
 HEAVY = ("triton", "tyro", "tokenizers", "matplotlib", "jinja2", "transformers", "safetensors", "llguidance")
 # Rooms that hold tensors and no text: there even a one-dimensional [1:] is a shift.
 TENSOR_ROOMS = ("losses", "models", "rollout", "kernels")
-BEHAVIOUR = ("Module", "Function", "Llama")  # torch's, and our decoder; and the KV cache
+BEHAVIOUR = ("Module", "Linear", "Function", "Llama")  # torch's, and our decoder; and the KV cache
 SCALARS = {"int", "float", "str", "bool", "Path", "None", "Literal", "tuple"}
 
 SKIPPED = {".venv", ".git", "runs", "build", "dist"}

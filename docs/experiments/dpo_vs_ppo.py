@@ -119,7 +119,7 @@ def make_reference(work: Path, settings: dict[str, Any]) -> dict[str, Any]:
         write_base_folder(world, work / "data", vocab_size=settings["vocab_size"])
         config = {**settings["model"], "vocab_size": load_chat(world).tokenizer.get_vocab_size()}
         (world / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        source = ["--model", world, "--from-scratch", "--data", work / "data/sft.jsonl", "--pack"]
+        source = ["--model", world, "--from-scratch", "--data", work / "data/sft.jsonl"]
         python("train_sft.py", *source, "--out", work / "sft", "--threads", 1, "--seed", 0, *settings["sft"])
     return entry
 

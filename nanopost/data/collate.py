@@ -3,81 +3,69 @@
     sample   ids   a b c d          mask   · · x x          x = trained on
     batch    input_ids   a b c      target_ids   b c d      completion_mask   · x x
 
-After this room nobody slices: `logps[b, t]` is the log-probability of `target_ids[b, t]` given
-`input_ids[b, :t+1]`, and it counts iff `completion_mask[b, t]`. Padding is known by length, never by a token,
-so the padding id may be the stop id. Packing lays several samples in a row; each is shifted by itself, starts
-again at position 0 and has its own segment id: no target and no attention crosses over.
+After this room nobody slices: `logps[b, t]` is the log-probability of `target_ids[b, t]` given `input_ids[b,
+:t+1]`, and it counts iff `completion_mask[b, t]`. Padding is known by length, never by a token, so the
+padding id may be the stop id. `spans` say which positions a row brings: none of the padding, and none of a
+beginning that it shares with the row above (the prompt of a group or a pair), which is computed once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from nanopost.data.schema import Sample
 
+SHARED = 16  # a common beginning of fewer tokens is computed again: that is quicker than to look it up
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors (B, T) of int64, `completion_mask` of bool; `segment_ids` is None unless packed."""
+    """Tensors (B, T) of int64, `completion_mask` of bool, and (start, end) a row."""
 
     input_ids: Tensor
     target_ids: Tensor
     completion_mask: Tensor
-    position_ids: Tensor
-    segment_ids: Tensor | None
+    spans: tuple[tuple[int, int], ...]
 
 
-def collate(
-    samples: Sequence[Sample], *, pack_length: int | None = None, device: torch.device | None = None
-) -> Batch:
-    """One batch of the samples, in their order.
+def collate(samples: Sequence[Sample], *, device: torch.device | None = None) -> Batch:
+    """One batch of the samples, a row each, in their order.
 
     Args:
-        samples: at least one, each of at least two tokens, the first of which is not trained on.
-        pack_length: None gives every sample its own row, padded on the right with zeros. A number packs them
-            in order into rows of at most that many positions (a sample of n tokens takes n − 1).
+        samples: at least one, each of at least two tokens, the first of which is not trained on. Those with
+            a long beginning in common should stand together: only neighbours share it.
         device: where the tensors go; default the CPU.
-    Returns: a Batch; read row by row, the true places of `completion_mask` are the supervised tokens of the
-        samples in order. `segment_ids` counts 1, 2, … in each row and is 0 on padding.
-    Raises: ValueError naming the sample that is empty, too long, or has a mask of another length.
+    Returns: a Batch, rows padded on the right with zeros. Row b brings the positions `spans[b]`: up to the
+        sample's length less one, from where it parts with the row above.
+    Raises: ValueError naming the sample that is empty or has a mask of another length.
     """
-    lengths = [_checked_length(sample, i, pack_length) for i, sample in enumerate(samples)]
+    lengths = [_checked_length(sample, i) for i, sample in enumerate(samples)]
     if not lengths:
         raise ValueError("samples is empty: a batch needs at least one")
-    rows: list[list[Sample]] = []
-    used = room = 0 if pack_length is None else pack_length
-    for sample, length in zip(samples, lengths, strict=True):
-        if used + length > room:
-            rows.append([])
-            used = 0
-        rows[-1].append(sample)
-        used += length
-    width = max(sum(len(sample.ids) - 1 for sample in row) for row in rows)
-    shape = (len(rows), width)
-    input_ids, target_ids, position_ids, segment_ids = (
-        torch.zeros(shape, dtype=torch.long) for _ in range(4)
-    )
-    completion_mask = torch.zeros(shape, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        start = 0
-        for segment, sample in enumerate(row, start=1):
-            place = slice(start, start + len(sample.ids) - 1)
-            input_ids[b, place] = torch.tensor(sample.ids[:-1])
-            target_ids[b, place] = torch.tensor(sample.ids[1:])
-            completion_mask[b, place] = torch.tensor(sample.mask[1:])
-            position_ids[b, place] = torch.arange(place.stop - start)
-            segment_ids[b, place] = segment
-            start = place.stop
+    input_ids, target_ids = torch.zeros(2, len(lengths), max(lengths), dtype=torch.long)
+    completion_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
+    for b, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        input_ids[b, :length] = torch.tensor(sample.ids[:-1])
+        target_ids[b, :length] = torch.tensor(sample.ids[1:])
+        completion_mask[b, :length] = torch.tensor(sample.mask[1:])
+    starts = [0, *(_shared(a.ids[:-1], b.ids[:-1]) for a, b in pairwise(samples))]
     return Batch(
         input_ids.to(device),
         target_ids.to(device),
         completion_mask.to(device),
-        position_ids.to(device),
-        None if pack_length is None else segment_ids.to(device),
+        tuple(zip(starts, lengths, strict=True)),
     )
+
+
+def _shared(above: Sequence[int], row: Sequence[int]) -> int:
+    """How many positions a row has in common with the one above, one of its own left; 0 below `SHARED`."""
+    pairs = enumerate(zip(above, row, strict=False))
+    common = next((i for i, (a, b) in pairs if a != b), min(len(above), len(row)))
+    common = min(common, len(row) - 1)
+    return common if common >= SHARED else 0
 
 
 def pad_ids(
@@ -107,7 +95,7 @@ def spread(values: Sequence[Tensor], completion_mask: Tensor) -> Tensor:
 
     Args:
         values: one 1-D tensor a sample, in the order given to `collate`, as long as its supervised tokens.
-        completion_mask: (B, T) of that batch, padded or packed.
+        completion_mask: (B, T) of that batch.
     Returns: (B, T) in the dtype of the values, 0 where `completion_mask` is false.
     Raises: ValueError when the lengths are not those of the mask.
     """
@@ -115,10 +103,7 @@ def spread(values: Sequence[Tensor], completion_mask: Tensor) -> Tensor:
         raise ValueError(
             f"values must be 1-D tensors, at least one, got shapes {[tuple(v.shape) for v in values]}"
         )
-    ends = list(accumulate(len(value) for value in values))
-    row_ends = completion_mask.sum(dim=1).cumsum(dim=0).tolist()
-    aligned = row_ends == ends if len(ends) == len(row_ends) else set(row_ends) <= {0, *ends}
-    if not aligned or ends[-1] != row_ends[-1]:
+    if [len(value) for value in values] != completion_mask.sum(dim=1).tolist():
         counts = [len(value) for value in values], completion_mask.sum(dim=1).tolist()
         raise ValueError(
             f"values have lengths {counts[0]}, completion_mask has {counts[1]} supervised tokens a row"
@@ -129,14 +114,12 @@ def spread(values: Sequence[Tensor], completion_mask: Tensor) -> Tensor:
     return laid
 
 
-def _checked_length(sample: Sample, i: int, pack_length: int | None) -> int:
-    """How many positions the sample takes in a row."""
+def _checked_length(sample: Sample, i: int) -> int:
+    """How many positions the sample takes."""
     if len(sample.ids) < 2:
         raise ValueError(f"samples[{i}] has {len(sample.ids)} tokens: predicting one takes at least two")
     if len(sample.mask) != len(sample.ids):
         raise ValueError(f"samples[{i}] has {len(sample.ids)} ids and a mask of {len(sample.mask)}")
     if sample.mask[0]:
         raise ValueError(f"samples[{i}] trains on its first token, which nothing predicts")
-    if pack_length is not None and len(sample.ids) - 1 > pack_length:
-        raise ValueError(f"samples[{i}] takes {len(sample.ids) - 1} positions, pack_length is {pack_length}")
     return len(sample.ids) - 1

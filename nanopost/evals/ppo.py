@@ -160,19 +160,18 @@ def completion_values(
     Args:
         critic: with one score. Over several processes each must have as many samples as the others.
         samples: ids and mask, as a rollout has them.
-        micro_batch: samples a forward pass; samples alike in length share one, which changes nothing else.
+        micro_batch: samples a forward pass. Neighbours with the same prompt compute it once.
 
     Returns:
         One tensor a sample, as long as its mask has ones.
     """
-    ranked = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
-    device, values = next(critic.parameters()).device, dict[int, Tensor]()
-    for part in (ranked[i : i + micro_batch] for i in range(0, len(ranked), micro_batch)):
-        batch = collate([samples[i] for i in part], device=device)
+    device, values = next(critic.parameters()).device, list[Tensor]()
+    for part in (samples[i : i + micro_batch] for i in range(0, len(samples), micro_batch)):
+        batch = collate(part, device=device)
         mask = batch.completion_mask
-        read = critic.values(batch.input_ids, position_ids=batch.position_ids)
-        values |= zip(part, read[mask].cpu().split(mask.sum(dim=1).tolist()), strict=True)
-    return [values[i] for i in range(len(samples))]
+        read = critic.values(batch.input_ids, spans=batch.spans)
+        values += read[mask].cpu().split(mask.sum(dim=1).tolist())
+    return values
 
 
 def critic_metrics(

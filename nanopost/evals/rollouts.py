@@ -30,7 +30,7 @@ def completion_logps(
     Args:
         model: a policy or a reference. Over several processes each must have as many samples as the others.
         samples: ids and mask, as a rollout or a record has them.
-        micro_batch: samples a forward pass; samples alike in length share one, which changes nothing else.
+        micro_batch: samples a forward pass. Neighbours with the same prompt compute it once.
         temperature, top_k, top_p: the distribution to score under: the one that was sampled from.
 
     Returns:
@@ -39,16 +39,15 @@ def completion_logps(
     Raises:
         ValueError: a sample that `collate` refuses, or a distribution that `token_logps` refuses.
     """
-    ranked = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
-    device, logps = next(model.parameters()).device, dict[int, Tensor]()
-    for part in (ranked[i : i + micro_batch] for i in range(0, len(ranked), micro_batch)):
-        batch = collate([samples[i] for i in part], device=device)
+    device, logps = next(model.parameters()).device, list[Tensor]()
+    for part in (samples[i : i + micro_batch] for i in range(0, len(samples), micro_batch)):
+        batch = collate(part, device=device)
         mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        scored = model.logps(*ids, position_ids=batch.position_ids, **options)
+        scored = model.logps(*ids, mask=mask, spans=batch.spans, **options)
         rows = scored[mask].cpu().split(mask.sum(dim=1).tolist())
-        logps |= zip(part, (row.clone() for row in rows), strict=True)  # a view drags its whole batch along
-    return [logps[i] for i in range(len(samples))]
+        logps += [row.clone() for row in rows]  # a view drags its whole batch along
+    return logps
 
 
 @torch.no_grad()
@@ -60,7 +59,7 @@ def completion_scores(
     Args:
         model: a reward model. Over several processes each must have as many sequences as the others.
         sequences: token ids, at least one sequence.
-        micro_batch: sequences a forward pass; those alike in length share one, which changes nothing else.
+        micro_batch: sequences a forward pass.
 
     Returns:
         Scores (N, labels), float32, on the CPU, in the order of the sequences.
@@ -68,14 +67,11 @@ def completion_scores(
     Raises:
         ValueError: there is no sequence, or one without a token.
     """
-    ranked = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    device, scores = next(model.parameters()).device, dict[int, Tensor]()
-    for part in (ranked[i : i + micro_batch] for i in range(0, len(ranked), micro_batch)):
-        input_ids, lengths = pad_ids([sequences[i] for i in part], device=device)
-        scores |= zip(part, model.scores(input_ids, lengths).float().cpu(), strict=True)
-    if not scores:
+    if not sequences:
         raise ValueError("sequences is empty: there is nothing to score")
-    return torch.stack([scores[i] for i in range(len(sequences))])
+    device = next(model.parameters()).device
+    parts = [sequences[i : i + micro_batch] for i in range(0, len(sequences), micro_batch)]
+    return torch.cat([model.scores(*pad_ids(part, device=device)).float().cpu() for part in parts])
 
 
 def trace(chat: Chat, record: Record, prompt: Sequence[int], *, longest: int) -> Rollout:

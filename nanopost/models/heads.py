@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanopost.models.llama import Decoder, Llama, LlamaConfig, Where
+from nanopost.models.attention import Spans
+from nanopost.models.llama import Decoder, Llama, LlamaConfig
 from nanopost.models.weights import (
     fill,
     load_config,
@@ -47,13 +48,14 @@ class ScoreModel(nn.Module):
         self.model = Decoder(config)
         self.score = zero_head(config, labels)
 
-    def forward(self, input_ids: Tensor, position_ids: Where = None, segment_ids: Where = None) -> Tensor:
-        """Scores at every position, (B, T, labels); rows are right-padded or packed, as for `Llama`."""
-        return self.score(self.model(input_ids, position_ids, segment_ids, None))
+    def forward(self, input_ids: Tensor, spans: Spans | None = None) -> Tensor:
+        """Scores at every position, (B, T, labels); `spans` say which positions each row brings."""
+        hidden, places = self.model.rows(input_ids, spans)
+        return self.score(hidden[places])
 
-    def values(self, input_ids: Tensor, *, position_ids: Where = None) -> Tensor:
+    def values(self, input_ids: Tensor, *, spans: Spans | None = None) -> Tensor:
         """The one score at every position, (B, T): V(s_t) of a critic, or a logit a token."""
-        return _only(self.forward(input_ids, position_ids))  # not self(…), as in Llama.logps
+        return _only(self.forward(input_ids, spans))  # self(…) would run FSDP's hooks twice
 
     def scores(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """The scores of whole sequences, (B, labels), read at token lengths − 1 of each row.
@@ -63,8 +65,8 @@ class ScoreModel(nn.Module):
         """
         if not ((lengths >= 1) & (lengths <= input_ids.shape[1])).all():
             raise ValueError(f"lengths must lie in [1, {input_ids.shape[1]}], got {lengths.tolist()}")
-        hidden = self.model(input_ids, None, None, None)
-        return self.score(hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1])
+        hidden, places = self.model.rows(input_ids, [(0, length) for length in lengths.tolist()])
+        return self.score(hidden[places[torch.arange(len(places), device=places.device), lengths - 1]])
 
 
 class ActorCritic(Llama):
@@ -74,9 +76,10 @@ class ActorCritic(Llama):
         super().__init__(config)
         self.score = zero_head(config)
 
-    def values(self, input_ids: Tensor, *, position_ids: Where = None) -> Tensor:
+    def values(self, input_ids: Tensor, *, spans: Spans | None = None) -> Tensor:
         """V(s_t) for the state after token t, (B, T)."""
-        return _only(self.score(self.model(input_ids, position_ids, None, None)))
+        hidden, places = self.model.rows(input_ids, spans)
+        return _only(self.score(hidden[places]))
 
 
 def load_score_model(

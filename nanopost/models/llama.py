@@ -1,8 +1,10 @@
-"""The Llama decoder on one page: RMSNorm, RoPE, grouped-query attention, SwiGLU, and the sampler's KV cache.
+"""The Llama decoder on one page: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-Module names are the tensor names of the hub's files, so `load_state_dict` is the whole converter. Letters: B
-sequences, T positions, V vocabulary, D width, H query heads, K key/value heads, E head width, S keys that a
-query may look at; H / K query heads share one key/value head.
+Module names are the tensor names of the hub's files, so `load_state_dict` is the whole converter. Inside, a
+batch is one list of tokens without padding; only attention knows which of them make a row (`attention.py`),
+and only the head's kernels know that logits exist. Letters: R rows, T positions, N tokens of the list, M
+supervised ones, V vocabulary, D width, H query heads, K key/value heads, E head width; H / K query heads
+share one key/value head.
 
 References: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Ainslie et al. 2023 (grouped queries), Shazeer
 2020 (SwiGLU), Zhang and Sennrich 2019 (RMSNorm).
@@ -15,14 +17,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanopost.kernels.linear import linear
+from nanopost.kernels.linear_cross_entropy import linear_cross_entropy
+from nanopost.kernels.linear_logps import linear_logps
+from nanopost.kernels.pointwise import rms_norm, rope, swiglu
 from nanopost.losses.likelihood import token_logps
+from nanopost.models.attention import Attend, Spans, attend, layout
 
-Pair = tuple[Tensor, Tensor]  # keys and values, or cosines and sines
-Where = Tensor | None  # positions or segments, (B, T); None: one sequence a row
-Store = Callable[[Tensor, Tensor], Pair]  # puts keys and values into a cache, gives back all there are
+Pair = tuple[Tensor, Tensor]  # cosines and sines, (N, E/2) each
+Look = Callable[[Tensor, Tensor, Tensor], Tensor]  # attention of one layer: q, k, v to the heads' output
 
 
 @dataclass(frozen=True)
@@ -52,33 +57,14 @@ class LlamaConfig:
             raise ValueError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
 
 
-class KVCache:
-    """The keys and values of every layer, (layers, rows, K, length, E); a row is one growing sequence.
+class Linear(nn.Linear):
+    """x Wᵀ, without a bias."""
 
-    A token at position p writes column p and reads columns 0…p. So a row needs no length of its own, and what
-    right padding leaves behind a prompt's end is overwritten before anything reads it.
-    """
+    def __init__(self, width: int, out: int):
+        super().__init__(width, out, bias=False)
 
-    def __init__(self, config: LlamaConfig, rows: int, length: int, like: Tensor):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-
-    def write(self, layer: int, position_ids: Tensor, frontier: int, k: Tensor, v: Tensor) -> Pair:
-        """Store k, v (B, K, T, E) at `position_ids` (B, T); give back the columns below `frontier`."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[layer][rows, :, position_ids] = k.transpose(1, 2)
-        self.v[layer][rows, :, position_ids] = v.transpose(1, 2)
-        return self.k[layer][:, :, :frontier], self.v[layer][:, :, :frontier]
-
-    def copy_row(self, source: KVCache, row: int, rows: Tensor) -> None:
-        """Give `rows` the prefix that one row of another, shorter cache holds."""
-        width = source.k.shape[3]
-        self.k[:, rows, :, :width] = source.k[:, row : row + 1]
-        self.v[:, rows, :, :width] = source.v[:, row : row + 1]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop every row that is not named."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -90,53 +76,38 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
-def rope_tables(config: LlamaConfig, position_ids: Tensor, frontier: int, dtype: torch.dtype) -> Pair:
-    """cos, sin of p · θ^(−2i/E) at `position_ids`, all < frontier: each (B, 1, T, E), the E/2 angles twice.
+def rope_table(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> Pair:
+    """cos, sin of p · θ^(−2i/E) at `positions` (N,): each (N, E/2).
 
     The angles are made in float64, so that position 100,000 is as exact as position 1.
     """
-    device = position_ids.device
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
-    angles = torch.arange(frontier, device=device)[:, None] * config.rope_theta**-exponents
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype)[position_ids][:, None], angles.sin().to(dtype)[position_ids][:, None]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turn the pair (x_i, x_{i+E/2}) by its position's angle. x (B, heads, T, E)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device)
+    angles = positions[:, None] * config.rope_theta ** (-steps / config.head_dim)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ / √E + mask) v, where G query heads share each key/value head."""
+    """softmax(q kᵀ / √E) v over what a token may look at, where H / K query heads share a key/value head."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.num_attention_heads > config.num_key_value_heads
         width, kv_width = (
             n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
         )
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, width)
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(width, config.hidden_size)
 
-    def forward(self, x: Tensor, rope: Pair, mask: Tensor | None, store: Store | None) -> Tensor:
-        B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), *rope)  # (B, H, T, E)
-        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), *rope)  # (B, K, T, E)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        if store is not None:
-            k, v = store(k, v)  # (B, K, S, E)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x: Tensor, angles: Pair, look: Look) -> Tensor:
+        q = rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # (N, H, E)
+        k = rope(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # (N, K, E)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(look(q, k, v).flatten(1))
 
 
 class MLP(nn.Module):
@@ -144,12 +115,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -162,13 +133,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Pair, mask: Tensor | None, store: Store | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, store)
+    def forward(self, x: Tensor, angles: Pair, look: Look) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, look)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm: token ids (B, T) to hidden states (B, T, D)."""
+    """Embedding, blocks and the last norm: a list of N tokens to hidden states (N, D)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -177,29 +148,25 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, positions: Where, segments: Where, cache: KVCache | None) -> Tensor:
-        x = self.embed_tokens(input_ids)
-        position_ids = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
-        frontier = int(position_ids.max()) + 1
-        rope = rope_tables(self.config, position_ids, frontier, x.dtype)
-        mask = attention_mask(position_ids, segments, frontier if cache is not None else None)
+    def forward(self, token_ids: Tensor, positions: Tensor, look: Attend) -> Tensor:
+        """`positions` (N,) turn the heads; `look(layer, q, k, v)` is attention: it knows who sees whom."""
+        x = self.embed_tokens(token_ids)
+        angles = rope_table(self.config, positions, x.dtype)
         for i, layer in enumerate(self.layers):
-            store = None if cache is None else partial(cache.write, i, position_ids, frontier)
-            x = layer(x, rope, mask, store)
+            x = layer(x, angles, partial(look, i))
         return self.norm(x)
 
+    def rows(self, input_ids: Tensor, spans: Spans | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, D) of the tokens that rows bring, and where each position (R, T) finds its own.
 
-def attention_mask(position_ids: Tensor, segment_ids: Where, frontier: int | None) -> Tensor | None:
-    """(B, 1, T, S), true where a query may look; None is plain causal, all that right padding needs.
-
-    With a cache (frontier given) column s holds position s: look at s ≤ p. Packed: within the own segment.
-    """
-    if frontier is not None:
-        return torch.arange(frontier, device=position_ids.device) <= position_ids[:, None, :, None]
-    if segment_ids is None:
-        return None
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return same & torch.ones_like(same[0, 0]).tril()
+        Args:
+            input_ids: (R, T), padded on the right.
+            spans: which positions each row brings (`attention.py`); None: all of them.
+        """
+        R, T = input_ids.shape
+        plan = layout(spans or [(0, T)] * R, T, input_ids.device)
+        tokens = input_ids.flatten()[plan.tokens]
+        return self(tokens, plan.positions, partial(attend, plan)), plan.places
 
 
 class Llama(nn.Module):
@@ -209,27 +176,26 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Where = None,
-        segment_ids: Where = None,
-        cache: KVCache | None = None,
-        last: Tensor | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V); with `last` (B,), one position a row, only those: (B, V).
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None, spans: Spans | None = None) -> Tensor:
+        """Logits (R, T, V), or (M, V) at the places of `mask` (R, T) alone.
 
-        Without a cache, row b is a sequence (right-padded, or packed: then `position_ids` restart and
-        `segment_ids` name each token's sample). With one, `position_ids` say where the tokens stand.
+        `spans` say which positions each row brings, as for `Decoder.rows`; what lies behind a row's end is
+        no logit of anything.
         """
-        hidden = self.model(input_ids, position_ids, segment_ids, cache)
-        if last is not None:
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        return self.lm_head(hidden)
+        hidden, places = self.model.rows(input_ids, spans)
+        return self.lm_head(hidden[places if mask is None else places[mask]])
+
+    def next_logits(self, token_ids: Tensor, positions: Tensor, look: Attend, last: Tensor | None) -> Tensor:
+        """Logits after each token of a list, (N, V), or after those at the places `last`.
+
+        `look` is the sampler's cache: it keeps keys and values and knows what each token may see.
+        """
+        hidden = self.model(token_ids, positions, look)
+        return self.lm_head(hidden if last is None else hidden[last])
 
     def logps(
         self,
@@ -239,12 +205,40 @@ class Llama(nn.Module):
         *,
         top_k: int = 0,
         top_p: float = 1.0,
-        position_ids: Where = None,
-        segment_ids: Where = None,
+        mask: Tensor | None = None,
+        spans: Spans | None = None,
+        alike: bool = False,
     ) -> Tensor:
-        """log π(target_ids[b, t] | input_ids[b, :t+1]), (B, T), in nats; `collate` has made the one shift.
+        """log π(target_ids[r, t] | input_ids[r, :t+1]), (R, T), in nats; `collate` has made the one shift.
 
         π is the distribution a sampler draws from at this temperature and truncation.
+
+        Args:
+            mask: (R, T), the places to score, none behind a row's end; elsewhere the log-prob is 0, and no
+                head was asked. None: all there are.
+            spans: which positions each row brings; a shared prompt is computed once. None: all.
+            alike: the loss weighs every log-prob alike (SFT): the gradient is made along with the value, for
+                a third of the time that the logits take otherwise. At temperature 1, without truncation.
+
+        Raises:
+            ValueError: what the kernels and `token_logps` refuse, by name.
         """
-        logits = self.forward(input_ids, position_ids, segment_ids)  # self(…) would run FSDP's hooks twice
-        return token_logps(logits, target_ids, temperature=temperature, top_k=top_k, top_p=top_p)
+        hidden, places = self.model.rows(input_ids, spans)
+        if mask is None:
+            ends = torch.tensor([end for _, end in spans or [(0, places.shape[1])] * len(places)])
+            mask = torch.arange(places.shape[1], device=places.device) < ends.to(places.device)[:, None]
+        hidden, targets = hidden[places[mask]], target_ids[mask]
+        if alike and (temperature, top_k, top_p) != (1.0, 0, 1.0):
+            raise ValueError(f"alike needs temperature 1, no truncation, got {temperature}, {top_k}, {top_p}")
+        weight = self.lm_head.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            half = torch.get_autocast_dtype(weight.device.type)
+            hidden, weight = hidden.to(half), weight.to(half)
+        if alike:
+            logps = -linear_cross_entropy(hidden, weight, targets)
+        elif top_k or top_p < 1.0:
+            logits = self.lm_head(hidden)
+            logps = token_logps(logits, targets, temperature=temperature, top_k=top_k, top_p=top_p)
+        else:
+            logps = linear_logps(hidden, weight, targets, temperature)[0]
+        return logps.new_zeros(mask.shape).masked_scatter(mask, logps)

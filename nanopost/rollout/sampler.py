@@ -1,4 +1,4 @@
-"""Batched sampling with a KV cache: ragged prompts, one prefill a prompt, slots that refill as rows finish.
+"""Batched sampling with a KV cache: one prefill a prompt, groups that share it, rows that come and go.
 
 Randomness is an argument: row r takes its t-th draw from `uniforms[r, t]`, so a rollout is a pure function
 of weights, prompts and uniforms, whatever rows share its batch. The log-prob of a token is read from the
@@ -8,19 +8,20 @@ same three arguments.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanopost.losses.kl import entropy
-from nanopost.losses.likelihood import truncate_logits
-from nanopost.models.llama import KVCache, Llama
+from nanopost.losses.checks import wide
+from nanopost.models.attention import layout
+from nanopost.models.cache import KVCache
+from nanopost.models.llama import Llama
+from nanopost.rollout.draw import draw
+from nanopost.rollout.graph import replayed
 from nanopost.rollout.types import Rollout
-
-Prefixes = dict[int, tuple[KVCache, int, Tensor]]  # prompt -> its cache, its row there, the logits at its end
 
 
 def row_uniforms(*, seed: int, step: int, prompts: Sequence[int], group_size: int, count: int) -> Tensor:
@@ -33,28 +34,6 @@ def row_uniforms(*, seed: int, step: int, prompts: Sequence[int], group_size: in
     rows = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
     draws = [np.random.default_rng([seed, step, prompt, sample]).random(count) for prompt, sample in rows]
     return torch.from_numpy(np.array(draws).reshape(len(rows), count))
-
-
-def draw(
-    logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row by the inverse of the cumulative distribution: token, log-prob, entropy, each (B,).
-
-    Temperature 0 is the arg max, a point mass: log-prob 0, entropy 0.
-    """
-    if temperature == 0:
-        zeros = torch.zeros_like(uniforms, dtype=torch.promote_types(logits.dtype, torch.float32))
-        return logits.argmax(-1), zeros, zeros
-    logits = logits.to(
-        torch.promote_types(logits.dtype, torch.float32)
-    )  # before the division, as the trainer
-    support = truncate_logits(logits / temperature, top_k=top_k, top_p=top_p)
-    logps = support.log_softmax(-1)
-    cumulative = logps.double().exp().cumsum(-1)
-    target = uniforms[:, None].to(cumulative) * cumulative[:, -1:]
-    # the first token whose cumulative mass exceeds the target: never one of probability 0
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1), entropy(support)
 
 
 @torch.no_grad()
@@ -92,53 +71,76 @@ def sample(
     check_arguments(model, prompts, group_size, max_new_tokens, stop_ids, temperature, slots, uniforms)
     if not prompts:
         return []
-    rows, device = len(prompts) * group_size, model.lm_head.weight.device
-    uniforms = uniforms.to(device)
-    tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    wide = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
-    old_logps = torch.zeros(rows, max_new_tokens, dtype=wide, device=device)
-    entropies = torch.zeros_like(old_logps)
-    lengths = torch.zeros(rows, dtype=torch.long, device=device)
-    stops = torch.tensor(list(stop_ids), device=device)
+    weight, device, count = model.lm_head.weight, model.lm_head.weight.device, len(prompts) * group_size
+    uniforms, stops = uniforms.to(device), torch.tensor(list(stop_ids), device=device)
     sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    # What the rows say. One that is done goes on until it leaves, into a last column that nobody reads.
+    tokens = torch.zeros(count, max_new_tokens + 1, dtype=torch.long, device=device)
+    old_logps, entropies = wide(weight.new_zeros(2, *tokens.shape))
+    said, ended = sizes.new_zeros(count), torch.zeros(count, dtype=torch.bool, device=device)
 
-    waiting = deque(range(rows))
-    prefixes: Prefixes = {}
-    cache = KVCache(model.config, min(slots, rows), int(sizes.max()) + max_new_tokens, model.lm_head.weight)
-    live = torch.full((min(slots, rows),), -1, device=device)  # the row in each slot; -1 is a free slot
-    logits = model.lm_head.weight.new_zeros(len(live), model.config.vocab_size)
+    half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+    cache = KVCache(model.config, max_new_tokens, weight.new_empty(0, dtype=half))
+    rows, logits = (
+        sizes.new_zeros(0),
+        weight.new_zeros(0, model.config.vocab_size),
+    )  # who speaks, and what next
+    opened, first = (
+        list[int](),
+        dict[int, Tensor](),
+    )  # prompts in the cache; the logits at the ends of the newest
+    entered = told = deepest = 0
+
+    def step(columns: int) -> None:
+        """Every row says a token, and reads it."""
+        held, done = said[rows], ended[rows]
+        at = held.clamp(max=max_new_tokens - 1)
+        uniform = uniforms[rows, at]
+        token, logp, spread = draw(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
+        column = held.masked_fill(done, max_new_tokens)
+        tokens[rows, column], old_logps[rows, column], entropies[rows, column] = token, logp, spread
+        said[rows] = held + ~done
+        ended[rows] = done | torch.isin(token, stops) | (held + 1 == max_new_tokens)
+        if device.type == "cpu" and bool(ended[rows].all()):
+            return
+        look = cache.decode(at, columns)
+        logits.copy_(model.next_logits(token, sizes[rows // group_size] + at, look, None))
+
+    ahead, stride = (
+        (8, 64) if device.type == "cuda" else (1, 1)
+    )  # steps between looks at who is done; columns
     while True:
-        free = (live < 0).nonzero().flatten()
-        if waiting and 8 * len(free) >= len(live):  # an eighth of the slots is free: let waiting rows in
-            new = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-            slot = free[: len(new)]
-            live[slot] = torch.tensor(new, device=device)
-            logits[slot] = admit(model, prompts, [row // group_size for row in new], cache, slot, prefixes)
-        elif 2 * len(free) >= len(live):  # nobody waits and half the slots idle: close the ranks
-            keep = (live >= 0).nonzero().flatten()
-            if not len(keep):
+        gone = int(ended[rows].sum())
+        finished(gone - told)
+        told = gone
+        room = slots - len(rows) + gone
+        if 4 * gone >= len(rows) or (entered < count and 8 * room >= slots):
+            stay = (~ended[rows]).nonzero().squeeze(1)
+            new = range(entered, min(entered + room, count))
+            if not len(stay) and not new:
                 break
-            live, logits = live[keep], logits[keep]
-            cache.keep(keep)
-        busy = (live >= 0).nonzero().flatten()
-        row = live[busy]
-        step = lengths[row]
-        token, logp, spread = draw(
-            logits[busy], uniforms[row, step], temperature=temperature, top_k=top_k, top_p=top_p
-        )
-        tokens[row, step], old_logps[row, step], entropies[row, step] = token, logp, spread
-        lengths[row] += 1
-        done = torch.isin(token, stops) | (lengths[row] == max_new_tokens)
-        live[busy[done]] = -1
-        finished(int(done.sum()))
-        if bool(done.all()):
-            continue
-        held = live.clamp(min=0)  # a free slot decodes along with row 0's numbers; nobody reads it
-        at = (lengths[held] - 1).clamp(min=0)
-        position_ids = sizes[held // group_size] + at
-        logits = model(tokens[held, at][:, None], position_ids[:, None], cache=cache)[:, -1]
+            entered, told = new.stop, 0
+            needed = {row // group_size for row in (*rows[stay].tolist(), *new)}
+            needed |= {entered // group_size} if entered % group_size else set()  # the rest of it waits
+            kept = [place for place, prompt in enumerate(opened) if prompt in needed]
+            cache.keep(stay, sizes.new_tensor(kept))
+            fresh = sorted(needed.difference(opened))
+            opened = [opened[place] for place in kept] + fresh
+            places = [opened.index(row // group_size) for row in new]
+            cache.grow(sizes[fresh], sizes.new_tensor(places))
+            first = {prompt: first[prompt] for prompt in first if prompt in needed}
+            first |= zip(fresh, prefill(model, [prompts[prompt] for prompt in fresh], cache), strict=True)
+            rows = torch.cat([rows[stay], torch.arange(new.start, new.stop, device=device)])
+            logits = torch.cat([logits[stay], *(first[row // group_size][None] for row in new)])
+            deepest, columns = int(said[rows].max()), 0
+        if columns < min(deepest + ahead, max_new_tokens):
+            columns = min(-(-(deepest + ahead) // stride) * stride, max_new_tokens)
+            advance = replayed(partial(step, columns), device)
+        for _ in range(ahead):
+            advance()
+        deepest += ahead
 
-    stopped = torch.isin(tokens.gather(1, lengths[:, None] - 1).squeeze(1), stops).tolist()
+    stopped = torch.isin(tokens.gather(1, said[:, None] - 1).squeeze(1), stops).tolist()
     return [
         Rollout(
             prompt_ids=tuple(prompts[r // group_size]),
@@ -147,39 +149,20 @@ def sample(
             entropies=entropies[r, :n].cpu(),
             finish_reason="stop" if stopped[r] else "length",
         )
-        for r, n in enumerate(lengths.tolist())
+        for r, n in enumerate(said.tolist())
     ]
 
 
-def admit(
-    model: Llama,
-    prompts: Sequence[Sequence[int]],
-    wanted: list[int],
-    cache: KVCache,
-    slots: Tensor,
-    prefixes: Prefixes,
-) -> Tensor:
-    """Prefill each prompt once, copy its keys and values into its slots; the logits at its end, (B, V).
-
-    `wanted[i]` is the prompt of `slots[i]`. Rows come in prompt order, so only the last prompt can have
-    samples still waiting: `prefixes` keeps that one for the next call.
-    """
-    missing = [prompt for prompt in dict.fromkeys(wanted) if prompt not in prefixes]
-    if missing:
-        width, device = max(len(prompts[prompt]) for prompt in missing), slots.device
-        padded = [[*prompts[prompt], *[0] * (width - len(prompts[prompt]))] for prompt in missing]
-        last = torch.tensor([len(prompts[prompt]) - 1 for prompt in missing], device=device)
-        position_ids = torch.arange(width, device=device).expand(len(missing), -1)
-        prefix = KVCache(model.config, len(missing), width, model.lm_head.weight)
-        logits = model(torch.tensor(padded, device=device), position_ids, cache=prefix, last=last)
-        prefixes.update({prompt: (prefix, i, logits[i]) for i, prompt in enumerate(missing)})
-    for prompt in dict.fromkeys(wanted):
-        source, row, _ = prefixes[prompt]
-        cache.copy_row(source, row, slots[[i for i, other in enumerate(wanted) if other == prompt]])
-    out = torch.stack([prefixes[prompt][2] for prompt in wanted])
-    for prompt in [prompt for prompt in prefixes if prompt != wanted[-1]]:
-        del prefixes[prompt]
-    return out
+def prefill(model: Llama, prompts: Sequence[Sequence[int]], cache: KVCache) -> list[Tensor]:
+    """Read prompts into the cache as its last groups; the logits at the end of each, (V,)."""
+    if not prompts:
+        return []
+    device, width = model.lm_head.weight.device, max(len(prompt) for prompt in prompts)
+    padded = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
+    plan = layout([(0, len(prompt)) for prompt in prompts], width, device)
+    last = plan.places[torch.arange(len(prompts)), [len(prompt) - 1 for prompt in prompts]]
+    look = cache.prefill(plan)
+    return list(model.next_logits(padded.flatten()[plan.tokens], plan.positions, look, last))
 
 
 def check_arguments(

@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
 
 SHARED = "--threads 1 --seed {seed}"
-SFT = "train_sft.py --out {out}/{name} --pack"
+SFT = "train_sft.py --out {out}/{name}"
 GRPO = (
     "train_grpo.py --out {out}/{name} --data {out}/data/rl.jsonl --verifier ledger"
     " --eval-data {out}/data/test.jsonl --prompts-per-step 32 --group-size 8 --micro-batch 32"

@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from nanopost.data.collate import Batch, collate, pad_ids, spread
+from nanopost.data.collate import SHARED, collate, pad_ids, spread
 from nanopost.data.schema import Sample
 
 VOCABULARY = 7
@@ -27,20 +26,6 @@ def samples(draw: st.DrawFn) -> list[Sample]:
     return [one() for _ in range(draw(st.integers(1, 6)))]
 
 
-packs = st.none() | st.integers(9, 30)
-
-
-def pieces(batch: Batch) -> list[tuple[int, slice]]:
-    """Row and columns of every sample of a packed batch, in order."""
-    assert batch.segment_ids is not None
-    found = []
-    for b, row in enumerate(batch.segment_ids.tolist()):
-        for segment in range(1, max(row) + 1):
-            start = row.index(segment)
-            found.append((b, slice(start, start + row.count(segment))))
-    return found
-
-
 def test_golden_batch() -> None:
     batch = collate(
         [Sample((5, 6, 1, 2, STOP), (False, False, True, True, True)), Sample((4, 3), (False, True))]
@@ -48,49 +33,27 @@ def test_golden_batch() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 1, 2], [4, 0, 0, 0]]
     assert batch.target_ids.tolist() == [[6, 1, 2, STOP], [3, 0, 0, 0]]
     assert batch.completion_mask.tolist() == [[False, True, True, True], [True, False, False, False]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
-    assert batch.segment_ids is None
+    assert batch.spans == ((0, 4), (0, 1))
 
 
-def test_golden_pack() -> None:
-    three = [
-        Sample((5, 6, 1), (False, False, True)),
-        Sample((4, 3), (False, True)),
-        Sample((2, 2, 2), (False,) * 3),
-    ]
-    batch = collate(three, pack_length=4)
-    assert batch.input_ids.tolist() == [[5, 6, 4], [2, 2, 0]]
-    assert batch.target_ids.tolist() == [[6, 1, 3], [2, 2, 0]]
-    assert batch.completion_mask.tolist() == [[False, True, True], [False, False, False]]
-    assert batch.position_ids.tolist() == [[0, 1, 0], [0, 1, 0]]
-    assert batch.segment_ids is not None
-    assert batch.segment_ids.tolist() == [[1, 1, 2], [1, 1, 0]]
-
-
-@given(samples(), packs)
-def test_the_target_is_the_next_token_and_everything_can_be_read_back(
-    some: list[Sample], pack: int | None
-) -> None:
-    batch = collate(some, pack_length=pack)
-    places = [(b, slice(0, len(s.ids) - 1)) for b, s in enumerate(some)] if pack is None else pieces(batch)
-    assert len(places) == len(some)
+@given(samples())
+def test_the_target_is_the_next_token_and_everything_can_be_read_back(some: list[Sample]) -> None:
+    batch = collate(some)
     real = torch.zeros_like(batch.completion_mask)
-    for sample, (b, columns) in zip(some, places, strict=True):
+    for b, sample in enumerate(some):
+        columns = slice(0, len(sample.ids) - 1)
         real[b, columns] = True
         inputs, targets = batch.input_ids[b, columns].tolist(), batch.target_ids[b, columns].tolist()
         assert list(zip(inputs, targets, strict=True)) == list(pairwise(sample.ids))
         assert (False, *batch.completion_mask[b, columns].tolist()) == sample.mask
-        assert batch.position_ids[b, columns].tolist() == list(range(len(sample.ids) - 1))
-    for tensor in (batch.input_ids, batch.target_ids, batch.completion_mask, batch.position_ids):
+        assert batch.spans[b] == (0, len(sample.ids) - 1)
+    for tensor in (batch.input_ids, batch.target_ids, batch.completion_mask):
         assert not tensor[~real].any()
-    if batch.segment_ids is not None and pack is not None:
-        assert torch.equal(batch.segment_ids > 0, real)
-        assert real.shape[1] <= pack
 
 
-@given(samples(), packs)
-def test_gradient_falls_on_the_supervised_tokens_alone(some: list[Sample], pack: int | None) -> None:
-    batch = collate(some, pack_length=pack)
+@given(samples())
+def test_gradient_falls_on_the_supervised_tokens_alone(some: list[Sample]) -> None:
+    batch = collate(some)
     logits = torch.randn(*batch.input_ids.shape, VOCABULARY, dtype=torch.float64, requires_grad=True)
     logps = logits.log_softmax(-1).gather(-1, batch.target_ids[..., None])[..., 0]
     (-logps * batch.completion_mask).sum().backward()
@@ -108,33 +71,40 @@ def test_a_stop_token_that_is_also_the_padding_is_trained() -> None:
     assert batch.target_ids[0].tolist() == [1, STOP, 0, 0]
 
 
-def toy_logps(batch: Batch) -> Tensor:
-    """log π of a small random causal attention that sees positions and, where there are any, segments."""
-    draw = torch.Generator().manual_seed(3)
-    embed, out, place = (
-        torch.randn(n, 5, generator=draw, dtype=torch.float64) for n in (VOCABULARY, VOCABULARY, 40)
-    )
-    hidden = embed[batch.input_ids] + place[batch.position_ids]
-    width = hidden.shape[1]
-    seen = torch.ones(width, width, dtype=torch.bool).tril().expand(len(hidden), -1, -1)
-    if batch.segment_ids is not None:
-        seen = seen & (batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :])
-    scores = (hidden @ hidden.mT).masked_fill(~seen, float("-inf")).softmax(-1)
-    logits = (hidden + scores @ hidden) @ out.T
-    return logits.log_softmax(-1).gather(-1, batch.target_ids[..., None])[..., 0]
+@st.composite
+def relatives(draw: st.DrawFn) -> list[Sample]:
+    """Samples of one family: each begins with a part, often a long one, of a common text."""
+    text = draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=40, max_size=40))
+    tails = st.lists(st.integers(0, VOCABULARY - 1), min_size=2, max_size=6)
+    pieces = draw(st.lists(st.tuples(st.integers(0, 40), tails), min_size=1, max_size=6))
+    return [Sample(ids := (*text[:cut], *tail), (False,) + (True,) * (len(ids) - 1)) for cut, tail in pieces]
 
 
-@given(samples(), st.integers(9, 30))
-def test_alone_padded_and_packed_are_the_same(some: list[Sample], pack: int) -> None:
-    alone = [collate([sample]) for sample in some]
-    expected = torch.cat([toy_logps(batch)[batch.completion_mask] for batch in alone])
-    for batch in (collate(some), collate(some, pack_length=pack)):
-        torch.testing.assert_close(toy_logps(batch)[batch.completion_mask], expected, rtol=1e-12, atol=1e-12)
+@given(relatives())
+def test_a_row_brings_what_the_row_above_has_not(some: list[Sample]) -> None:
+    """What neighbours have in common is the row above's, if it is worth it; one position stays."""
+    batch = collate(some)
+    assert batch.spans[0][0] == 0
+    for b, (above, sample) in enumerate(pairwise(some), start=1):
+        start, end = batch.spans[b]
+        inputs, before = sample.ids[:-1], above.ids[:-1]
+        assert end == len(inputs) and start < end
+        assert inputs[:start] == before[:start]
+        longer = inputs[: start + 1] == before[: start + 1] and len(before) > start and start + 1 < end
+        assert (start >= SHARED and not longer) or start == 0
+        if start == 0:
+            assert inputs[:SHARED] != before[:SHARED] or len(inputs) <= SHARED or len(before) < SHARED
 
 
-@given(samples(), packs, st.sampled_from([torch.float32, torch.float64]))
-def test_spread_is_the_way_back(some: list[Sample], pack: int | None, dtype: torch.dtype) -> None:
-    batch = collate(some, pack_length=pack)
+def test_a_sample_that_the_row_above_has_whole_keeps_one_position() -> None:
+    ids = tuple(range(30))
+    long, short = Sample(ids, (False,) + (True,) * 29), Sample(ids[:25], (False,) + (True,) * 24)
+    assert collate([long, long, short, long]).spans == ((0, 29), (28, 29), (23, 24), (24, 29))
+
+
+@given(samples(), st.sampled_from([torch.float32, torch.float64]))
+def test_spread_is_the_way_back(some: list[Sample], dtype: torch.dtype) -> None:
+    batch = collate(some)
     values = [
         torch.tensor([float(i) + 1 for i, on in zip(s.ids, s.mask, strict=True) if on], dtype=dtype)
         for s in some
@@ -150,11 +120,16 @@ def test_spread_refuses_lengths_that_are_not_the_masks() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     one, two, three = (torch.ones(n) for n in (1, 2, 3))
     assert spread([two, one], mask).tolist() == [[1, 1, 0], [1, 0, 0]]
-    assert spread([one, one, one], mask).tolist() == [
-        [1, 1, 0],
-        [1, 0, 0],
-    ]  # packed: two samples in the first row
-    for wrong in ([one, two], [two], [two, two], [one, one], [three], [two, one, one], [one, two, one]):
+    for wrong in (
+        [one, one, one],
+        [one, two],
+        [two],
+        [two, two],
+        [one, one],
+        [three],
+        [two, one, one],
+        [one, two, one],
+    ):
         with pytest.raises(ValueError, match=r"completion_mask has \[2, 1\] supervised tokens a row"):
             spread(wrong, mask)
     for wrong in ([], [torch.ones(1, 2), one]):
@@ -169,12 +144,11 @@ def test_spread_refuses_lengths_that_are_not_the_masks() -> None:
         (Sample((), ()), r"samples\[1\] has 0 tokens"),
         (Sample((1, 2), (False, True, True)), r"samples\[1\] has 2 ids and a mask of 3"),
         (Sample((1, 2), (True, True)), r"samples\[1\] trains on its first token"),
-        (Sample((1,) * 6, (False,) * 6), r"samples\[1\] takes 5 positions, pack_length is 4"),
     ],
 )
 def test_a_bad_sample_is_named(bad: Sample, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        collate([Sample((1, 2, 3, 4, 5), (False,) * 5), bad], pack_length=4)
+        collate([Sample((1, 2, 3, 4, 5), (False,) * 5), bad])
 
 
 def test_an_empty_batch_is_refused() -> None:

@@ -54,7 +54,7 @@ def test_a_language_model_gets_a_head_of_zeros(tmp_path, tied):
     model = load_score_model(tmp_path, labels=5, dtype=torch.float64)
     ids, lengths = pad_ids(ROWS)
     assert model.scores(ids, lengths).tolist() == [[0.0] * 5] * 3
-    assert torch.equal(model.model(ids, None, None, None), llama.model(ids, None, None, None))
+    assert torch.equal(model.model.rows(ids)[0], llama.model.rows(ids)[0])
     model.scores(ids, lengths).sum().backward()
     assert model.score.weight.grad.abs().max() > 0.1  # the head is trained from the first step on
     assert load_score_model(tmp_path).score.weight.shape == (1, 20)
@@ -74,9 +74,7 @@ def test_a_score_is_that_of_the_row_alone_at_its_last_token_whatever_the_padding
     ids, lengths = pad_ids(ROWS)
     assert lengths.tolist() == [6, 2, 8] and ids[1].tolist() == [8, STOP, 0, 0, 0, 0, 0, 0]
     alone = torch.stack([model(torch.tensor([row]))[0, len(row) - 1] for row in ROWS])
-    by_hand = [
-        model.model(torch.tensor([row]), None, None, None)[0][-1] @ model.score.weight.T for row in ROWS
-    ]
+    by_hand = [model.model.rows(torch.tensor([row]))[0][-1] @ model.score.weight.T for row in ROWS]
     torch.testing.assert_close(alone, torch.stack(by_hand), rtol=0, atol=1e-12)
     padded = torch.arange(ids.shape[1]) >= lengths[:, None]
     for token in (0, STOP, 7):  # the stop token too may be what padding is made of
@@ -100,13 +98,10 @@ def test_no_row_and_no_later_token_has_a_say(tmp_path):
     others = ids.clone()
     others[0], others[2] = 11, 12
     torch.testing.assert_close(model.scores(others, lengths)[1], model.scores(ids, lengths)[1])
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    assert torch.equal(model.values(ids, position_ids=positions), values)
-    assert (model.values(ids, position_ids=positions + 3) - values).abs().max() < 1e-9  # RoPE is relative
-    packed = torch.tensor([[*ROWS[0], *ROWS[1]]])
-    places, segments = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1]]), torch.tensor([[1] * 6 + [2] * 2])
-    two = model(packed, places, segments)[0, [5, 7]]
-    torch.testing.assert_close(two, model.scores(*pad_ids(ROWS[:2])), rtol=0, atol=1e-12)
+    spans = [(0, length) for length in lengths.tolist()]
+    ragged = model.values(ids, spans=spans)
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(ragged[row, :length], values[row, :length], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("lengths", [[6, 0, 8], [6, 2, 9]])
@@ -172,8 +167,8 @@ def test_policy_and_critic_share_a_trunk(tmp_path, tied):
     assert model.values(ids).tolist() == torch.zeros(ids.shape).tolist()
     with torch.no_grad():
         model.score.weight.normal_(generator=torch.Generator().manual_seed(1))
-    hidden = llama.model(ids, None, None, None)
-    torch.testing.assert_close(model.values(ids), hidden @ model.score.weight[0])
+    hidden, places = llama.model.rows(ids)
+    torch.testing.assert_close(model.values(ids), hidden[places] @ model.score.weight[0])
     model.values(ids).sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 1e-3
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "score.weight"}

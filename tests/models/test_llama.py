@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from nanopost.data.collate import collate
 from nanopost.data.schema import Sample
-from nanopost.models.llama import KVCache, Llama
+from nanopost.models.attention import attend, layout
+from nanopost.models.cache import KVCache
+from nanopost.models.llama import Llama
 from tests.tiny import TINY, tiny_model
 
 
@@ -88,54 +91,110 @@ def test_logits_equal_the_scalar_decoder(tmp_path, tied):
     )
 
 
-@given(seed=st.integers(0, 10**6), splits=st.lists(st.integers(1, 4), min_size=1, max_size=5))
-def test_cached_equals_uncached_at_every_growth_boundary(tmp_path_factory, seed, splits):
-    model = tiny_model(tmp_path_factory.mktemp("m"))
-    length = sum(splits)
-    ids = torch.randint(0, 23, (2, length), generator=torch.Generator().manual_seed(seed))
-    cache, out, start = KVCache(model.config, 2, length, model.lm_head.weight), [], 0
+@given(seed=st.integers(0, 10**6), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3))
+def test_cached_equals_uncached_token_by_token(tmp_path_factory, seed, sizes):
+    """Prompts of these sizes are read at once, then every row of each group says six tokens of its own."""
+    model, generator = tiny_model(tmp_path_factory.mktemp("m")), torch.Generator().manual_seed(seed)
+    width = max(sizes)
+    ids = torch.randint(0, 23, (len(sizes), width), generator=generator)
+    group = torch.randint(0, len(sizes), (5,), generator=generator)
+    words = torch.randint(0, 23, (5, 6), generator=generator)
+    cache = KVCache(model.config, 6, model.lm_head.weight)
+    cache.grow(torch.tensor(sizes), group)
+    plan = layout([(0, size) for size in sizes], width, ids.device)
     with torch.no_grad():
-        for n in splits:
-            positions = torch.arange(start, start + n).expand(2, -1)
-            out.append(model(ids[:, start : start + n], positions, cache=cache))
-            start += n
-        torch.testing.assert_close(torch.cat(out, 1), model(ids), rtol=1e-9, atol=1e-9)
+        model.next_logits(ids.flatten()[plan.tokens], plan.positions, cache.prefill(plan), None)
+        for t in range(6):
+            said, place = torch.full((5,), t), torch.tensor(sizes)[group] + t
+            got = model.next_logits(words[:, t], place, cache.decode(said, t + 1), None)
+            for row in range(5):
+                whole = torch.cat([ids[group[row], : sizes[group[row]]], words[row, : t + 1]])
+                expected = model(whole[None])[0, -1]
+                torch.testing.assert_close(got[row], expected, rtol=1e-9, atol=1e-9)
 
 
 def ragged(rng: random.Random, lengths: list[int]) -> list[Sample]:
     return [Sample(tuple(rng.randrange(23) for _ in range(n)), (False, *[True] * (n - 1))) for n in lengths]
 
 
-@given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(2, 9), min_size=2, max_size=5))
-def test_packed_equals_padded_equals_alone(tmp_path_factory, seed, lengths):
-    model, samples = tiny_model(tmp_path_factory.mktemp("m")), ragged(random.Random(seed), lengths)
+@given(
+    seed=st.integers(0, 10**6), cuts=st.lists(st.tuples(st.integers(0, 30), st.integers(2, 9)), max_size=5)
+)
+def test_a_row_alone_equals_the_row_in_a_batch_that_shares_its_beginning(tmp_path_factory, seed, cuts):
+    """Values and gradients: rows are 0 to 30 tokens of a common text, then their own."""
+    model, rng = tiny_model(tmp_path_factory.mktemp("m")), random.Random(seed)
+    text, ends = ragged(rng, [31])[0].ids, ragged(rng, [n for _, n in cuts] or [4])
+    samples = [
+        Sample(ids := (*text[:cut], *end.ids), (False, *[rng.random() < 0.7 for _ in ids[1:]]))
+        for end, (cut, _) in zip(ends, cuts or [(0, 0)], strict=True)
+    ]
+    batch = collate(samples)
+    mask, weights = batch.completion_mask, torch.randn(batch.input_ids.shape, dtype=torch.float64)
 
-    def supervised(batch):
-        logps = model.logps(
-            batch.input_ids, batch.target_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids
-        )
-        return logps[batch.completion_mask]
+    def scored(batch, **rows):
+        model.zero_grad()
+        logps = model.logps(batch.input_ids, batch.target_ids, 0.8, mask=batch.completion_mask, **rows)
+        return logps
 
-    with torch.no_grad():
-        alone = torch.cat([supervised(collate([sample])) for sample in samples])
-        torch.testing.assert_close(supervised(collate(samples)), alone, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(supervised(collate(samples, pack_length=16)), alone, rtol=1e-9, atol=1e-9)
+    logps = scored(batch, spans=batch.spans)
+    assert (logps[~mask] == 0).all()
+    (logps * weights).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    for b, sample in enumerate(samples):
+        alone = collate([sample])
+        expected = model.logps(alone.input_ids, alone.target_ids, 0.8)[0]
+        here = mask[b, : len(expected)]
+        torch.testing.assert_close(logps[b, : len(expected)][here], expected[here], rtol=1e-9, atol=1e-9)
+        (expected * weights[b, : len(expected)])[here].sum().backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        expected = torch.zeros_like(gradient) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_packing_leaks_no_gradient_into_another_sample(tmp_path):
-    model, samples = tiny_model(tmp_path), ragged(random.Random(1), [5, 6])
-    batch = collate(samples, pack_length=16)
-    embedded = []
+def test_a_shared_beginning_is_computed_once(tmp_path):
+    model, seen = tiny_model(tmp_path), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0].tolist()))
+    samples = [Sample((*range(20), n, n + 1), (False,) * 20 + (True,) * 2) for n in range(3)]
+    batch = collate(samples)
+    model.logps(batch.input_ids, batch.target_ids, mask=batch.completion_mask, spans=batch.spans)
+    assert seen == [[*range(20), 0, 1, 2]]  # the last token of a row is no input; 20 + 3 and not 63
+
+
+def test_no_row_gets_a_gradient_from_another(tmp_path):
+    model, samples = tiny_model(tmp_path), ragged(random.Random(1), [5, 6, 8])
+    batch, embedded = collate(samples), []
     model.model.embed_tokens.register_forward_hook(
         lambda *args: embedded.append(args[-1]) or args[-1].retain_grad()
     )
-    logps = model.logps(
-        batch.input_ids, batch.target_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids
-    )
-    logps[batch.segment_ids == 2].sum().backward()
+    logps = model.logps(batch.input_ids, batch.target_ids, spans=batch.spans)
+    logps[1].sum().backward()
     gradient = embedded[0].grad.abs().sum(-1)
-    assert (gradient[batch.segment_ids == 1] == 0).all()
-    assert (gradient[batch.segment_ids == 2] > 0).all()
+    assert (gradient[:4] == 0).all() and (gradient[9:] == 0).all()
+    assert (gradient[4:9] > 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_alike_is_the_same_number_with_the_same_gradient(tmp_path, temperature):
+    model, batch = tiny_model(tmp_path), collate(ragged(random.Random(2), [5, 9, 7]))
+    found = []
+    for alike in (False, True):
+        model.zero_grad()
+        options = {"mask": batch.completion_mask, "spans": batch.spans, "alike": alike}
+        if alike and temperature != 1.0:
+            with pytest.raises(
+                ValueError, match=r"alike needs temperature 1, no truncation, got 0\.7, 0, 1\.0"
+            ):
+                model.logps(batch.input_ids, batch.target_ids, temperature, **options)
+            return
+        logps = model.logps(batch.input_ids, batch.target_ids, temperature, **options)
+        (0.3 * logps.sum()).backward()
+        found.append([logps, *(parameter.grad.clone() for parameter in model.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="weighs all tokens alike, got upstream gradients from"):
+        logps = model.logps(batch.input_ids, batch.target_ids, mask=batch.completion_mask, alike=True)
+        (logps * torch.arange(logps.numel()).view_as(logps)).sum().backward()
 
 
 def test_changing_a_token_changes_nothing_before_it(tmp_path):
@@ -151,19 +210,24 @@ def test_changing_a_token_changes_nothing_before_it(tmp_path):
 
 def test_rope_sees_relative_positions_only(tmp_path):
     model, ids = tiny_model(tmp_path), torch.tensor([[5, 6, 7, 8, 9]])
+    plan = layout([(0, 5)], 5, ids.device)
+
+    def logits(positions):
+        return model.next_logits(ids[0], positions, partial(attend, plan), None)
+
     with torch.no_grad():
-        shifted = model(ids, torch.arange(7, 12)[None])
-        torch.testing.assert_close(model(ids), shifted, rtol=1e-9, atol=1e-9)
-        stretched = model(ids, torch.arange(0, 10, 2)[None])
-    assert (model(ids) - stretched).abs().max() > 1e-3
+        torch.testing.assert_close(model(ids)[0], logits(torch.arange(7, 12)), rtol=1e-9, atol=1e-9)
+        assert (model(ids)[0] - logits(torch.arange(0, 10, 2))).abs().max() > 1e-3
 
 
-def test_last_picks_one_position_a_row(tmp_path):
+def test_logits_at_the_places_of_a_mask(tmp_path):
     model, ids = tiny_model(tmp_path), torch.randint(0, 23, (3, 5))
-    last = torch.tensor([4, 0, 2])
-    torch.testing.assert_close(
-        model(ids, last=last), model(ids)[torch.arange(3), last], rtol=1e-12, atol=1e-12
-    )
+    mask = torch.rand(3, 5) < 0.5
+    torch.testing.assert_close(model(ids, mask), model(ids)[mask], rtol=1e-12, atol=1e-12)
+    last = torch.tensor([4, 2])
+    plan = layout([(0, 5)] * 3, 5, ids.device)
+    found = model.next_logits(ids.flatten(), plan.positions, partial(attend, plan), last)
+    torch.testing.assert_close(found, model(ids).flatten(0, 1)[last], rtol=1e-12, atol=1e-12)
 
 
 def test_logps_have_the_temperature_of_the_sampler(tmp_path):

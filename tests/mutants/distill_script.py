@@ -36,8 +36,9 @@ MUTANTS = [
         source="TRL#2058",
         story="The student is pulled to the teacher on prompts and padding too, while N counts completions.",
         file=SCRIPT,
-        before='aggregate(values, mask, mode="token_mean", denom=denom)',
-        after='aggregate(values, mask | True, mode="token_mean", denom=denom)',
+        before="mask, spans = batch.completion_mask, batch.spans\n",
+        after="spans, columns = batch.spans, torch.arange(batch.input_ids.shape[1])\n"
+        "        mask = columns < torch.tensor(spans)[:, 1:]\n",
         killer=f"{LINE}[forward]",
     ),
     Mutant(
@@ -45,8 +46,8 @@ MUTANTS = [
         source="trl#2175",
         story="Every micro-batch divides by its own tokens: short ones weigh more, and more of them too.",
         file=SCRIPT,
-        before='aggregate(values, mask, mode="token_mean", denom=denom)',
-        after='aggregate(values, mask, mode="token_mean", denom=float(mask.sum()))',
+        before='mask[mask][None], mode="token_mean", denom=denom)',
+        after='mask[mask][None], mode="token_mean", denom=mask.sum().item())',
         killer=f"{LINE}[forward]",
     ),
     Mutant(
@@ -81,8 +82,8 @@ MUTANTS = [
         source="slime#2085",
         story="The temperature reaches the teacher's logits twice: the teacher itself would have to learn.",
         file=SCRIPT,
-        before="teacher_logits = teacher(*ids)",
-        after='teacher_logits = teacher(*ids) / knobs["temperature"]',
+        before="teacher_logits = teacher(batch.input_ids, mask, spans)",
+        after='teacher_logits = teacher(batch.input_ids, mask, spans) / knobs["temperature"]',
         killer=f"{CARD}[forward-logits]",
     ),
     Mutant(

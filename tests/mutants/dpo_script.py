@@ -246,7 +246,7 @@ MUTANTS = [
         source="our own",
         story="Each sample's log-probs carry those of its whole batch: what ranks exchange grows manyfold.",
         file="nanopost/evals/rollouts.py",
-        before="(row.clone() for row in rows)",
+        before="[row.clone() for row in rows]",
         after="rows",
         killer="tests/evals/test_rollouts.py::test_each_sample_gets_its_own_logps_in_its_own_place[plain-3]",
     ),

@@ -11,7 +11,7 @@ AUDIT, SCRIPT, DISTRIBUTED = "nanopost/evals/audit.py", "train_reward.py", "nano
 TEST_HEADS, TEST_AUDIT = "tests/models/test_heads.py", "tests/evals/test_audit.py"
 TEST_SCRIPT, TEST_ROLLOUTS = "tests/scripts/test_train_reward.py", "tests/evals/test_rollouts.py"
 LAST = f"{TEST_HEADS}::test_a_score_is_that_of_the_row_alone_at_its_last_token_whatever_the_padding"
-READ = "hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]"
+READ = "torch.arange(len(places), device=places.device), lengths - 1]"
 
 MUTANTS = [
     Mutant(
@@ -20,7 +20,7 @@ MUTANTS = [
         story="The token before the first padding id is read; a row without padding has none.",
         file=HEADS,
         before=READ,
-        after="hidden[torch.arange(len(hidden)), (input_ids == 0).int().argmax(1) - 1]",
+        after="torch.arange(len(places)), (input_ids == 0).int().argmax(1) - 1]",
         killer=LAST,
     ),
     Mutant(
@@ -29,7 +29,7 @@ MUTANTS = [
         story="Padding is taken for the stop token, so the true stop token is stripped: one token too early.",
         file=HEADS,
         before=READ,
-        after="hidden[torch.arange(len(hidden)), (input_ids > 1).int().cumsum(1).argmax(1)]",
+        after="torch.arange(len(places)), (input_ids > 1).int().cumsum(1).argmax(1)]",
         killer=LAST,
     ),
     Mutant(
@@ -64,8 +64,8 @@ MUTANTS = [
         source="slime#1928",
         story="The critic's output is divided by the sampler's temperature, as logits are.",
         file=HEADS,
-        before="        return _only(self.score(self.model(input_ids, position_ids, None, None)))\n",
-        after="        return _only(self.score(self.model(input_ids, position_ids, None, None)) / 0.7)\n",
+        before="        return _only(self.score(hidden[places]))\n",
+        after="        return _only(self.score(hidden[places]) / 0.7)\n",
         killer=f"{TEST_HEADS}::test_policy_and_critic_share_a_trunk[False]",
     ),
     Mutant(
@@ -112,8 +112,8 @@ MUTANTS = [
         source="our own",
         story="FSDP knows the forward pass and the log-probs only: a critic's values meet sharded weights.",
         file=DISTRIBUTED,
-        before='METHODS = ("logps", "values", "scores")',
-        after='METHODS = ("logps", "scores")',
+        before='"next_logits", "values", "scores")',
+        after='"next_logits", "scores")',
         killer=f"{TEST_HEADS}::test_two_ranks_take_the_step_of_one",
     ),
     Mutant(
@@ -130,8 +130,8 @@ MUTANTS = [
         source="our own",
         story="Scores come back sorted by length: rewards belong to other answers.",
         file=ROLLOUTS,
-        before="    return torch.stack([scores[i] for i in range(len(sequences))])\n",
-        after="    return torch.stack([scores[i] for i in ranked])\n",
+        before="    parts = [sequences[i : i + micro_batch]",
+        after="    sequences = sorted(sequences, key=len)\n    parts = [sequences[i : i + micro_batch]",
         killer=f"{TEST_ROLLOUTS}::test_scores_come_in_the_order_of_the_sequences[3]",
     ),
     Mutant(

@@ -50,7 +50,7 @@ MUTANTS = [
         file=SFT,
         before="for sample in samples))  # the whole",
         after="for sample in distributed.shard_rows(samples)))  # the whole",
-        killer=f"{TEST_SFT}::test_micro_batches_packing_and_ranks_change_nothing",
+        killer=f"{TEST_SFT}::test_micro_batches_and_ranks_change_nothing",
     ),
     Mutant(
         name="sequence_sum_is_a_sequence_mean",

@@ -14,8 +14,8 @@ MUTANTS = [
         source="slime#1928",
         story="The values are divided by the sampler's temperature, as if they were logits.",
         file=SCRIPT,
-        before="guess = critic.values(batch.input_ids, position_ids=batch.position_ids)",
-        after="guess = critic.values(batch.input_ids, position_ids=batch.position_ids) / cfg.temperature",
+        before="guess = critic.values(batch.input_ids, spans=batch.spans)",
+        after="guess = critic.values(batch.input_ids, spans=batch.spans) / cfg.temperature",
         killer=HAND,
     ),
     Mutant(
@@ -23,8 +23,8 @@ MUTANTS = [
         source="verl#3287",
         story="The baseline has seen the token it is the baseline of.",
         file=PPO,
-        before="read = critic.values(batch.input_ids, position_ids",
-        after="read = critic.values(batch.target_ids, position_ids",
+        before="read = critic.values(batch.input_ids, spans",
+        after="read = critic.values(batch.target_ids, spans",
         killer="tests/evals/test_ppo.py::test_a_value_is_read_before_its_token_and_padding_changes_nothing",
     ),
     Mutant(
@@ -86,8 +86,8 @@ MUTANTS = [
         source="transformers#35352",
         story="The score of a short completion is read behind its end.",
         file=ROLLOUTS,
-        before="model.scores(input_ids, lengths)",
-        after="model.scores(input_ids, torch.full_like(lengths, input_ids.shape[1]))",
+        before="model.scores(*pad_ids(part, device=device))",
+        after="model.scores(ids := pad_ids(part)[0], torch.full((len(ids),), ids.shape[1]))",
         killer="tests/evals/test_ppo.py::test_only_the_score_changes_when_rows_are_rescored",
     ),
     Mutant(

@@ -54,8 +54,8 @@ def start_of(folder: Path) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(80):
         batch = collate([samples[(16 * step + i) % len(samples)] for i in range(16)])
-        logps = model.logps(batch.input_ids, batch.target_ids, position_ids=batch.position_ids)
         mask = batch.completion_mask
+        logps = model.logps(batch.input_ids, batch.target_ids, mask=mask, spans=batch.spans)
         aggregate(sft_loss(logps), mask, mode="token_mean", denom=float(mask.sum())).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from nanopost.data.collate import collate, spread
 from nanopost.losses import token_logps
 from nanopost.models.llama import Llama
-from nanopost.rollout.sampler import draw, row_uniforms, sample
+from nanopost.rollout.draw import draw
+from nanopost.rollout.sampler import row_uniforms, sample
 from tests.tiny import tiny_model
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [4], [15, 3]]
@@ -118,24 +120,34 @@ def test_a_row_without_a_stop_is_cut_at_the_length(model):
 
 
 def test_one_prefill_a_prompt_and_finished_rows_give_up_their_slots(model, monkeypatch):
-    prefilled, widths, forward = [], [], model.forward
+    prefilled, widths, next_logits = [], [], model.next_logits
 
-    def spy(input_ids, position_ids, cache=None, last=None):
+    def spy(token_ids, positions, look, last):
         if last is not None:
-            prefilled.extend(
-                tuple(row[: n + 1].tolist()) for row, n in zip(input_ids, last.tolist(), strict=True)
-            )
+            starts = [*(positions == 0).nonzero().flatten().tolist(), len(token_ids)]
+            prefilled.extend(tuple(token_ids[a:b].tolist()) for a, b in pairwise(starts))
         else:
-            widths.append(len(input_ids))
-        return forward(input_ids, position_ids, cache=cache, last=last)
+            widths.append(len(token_ids))
+        return next_logits(token_ids, positions, look, last)
 
-    monkeypatch.setattr(model, "forward", spy)
+    monkeypatch.setattr(model, "next_logits", spy)
     samples = rollouts(model, group_size=8, max_new_tokens=20, temperature=1.5, slots=5)
     assert sorted(prefilled) == sorted(map(tuple, PROMPTS))  # though a group of 8 never fits the 5 slots
     longest_first = sum(sorted((len(r.completion_ids) for r in samples), reverse=True)[::5])
     assert (
         max(widths) == 5 and len(widths) < longest_first
     )  # static batches of 5 could not do with fewer steps
+
+
+def test_rows_that_are_done_leave_the_batch(model, monkeypatch):
+    """Where nobody waits, fewer than a quarter of the rows decode on though they are done."""
+    widths, next_logits = [], model.next_logits
+    monkeypatch.setattr(model, "next_logits", lambda *args: widths.append(len(args[0])) or next_logits(*args))
+    samples = rollouts(model, group_size=8, max_new_tokens=30, temperature=1.5)
+    said = [len(r.completion_ids) for r in samples]
+    for step, width in enumerate(widths[1:], start=1):  # the first is the prefill
+        live, before = (sum(n > place for n in said) for place in (step, step - 1))
+        assert live <= width < max(4 / 3 * before, before + 0.5), (step, width, before)
 
 
 def test_draws_follow_the_distribution(model):

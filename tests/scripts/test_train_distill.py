@@ -325,8 +325,8 @@ def test_the_hidden_states_train_student_and_projection_and_nothing_else(start, 
         for one in record_samples(chat, record):
             ids, mask = torch.tensor([one.ids[:-1]]), torch.tensor(one.mask[1:])
             with torch.no_grad():
-                states, t = teacher.model(ids, None, None, None)[0][mask], log_p(teacher, one)
-            own = student.model(ids, None, None, None)[0][mask]
+                states, t = teacher.model.rows(ids)[0][mask], log_p(teacher, one)
+            own = student.model.rows(ids)[0][mask]
             loss += divergence_of("forward", log_p(student, one), t).sum()
             loss += 0.5 * (own @ w - states).square().mean(-1).sum()
             tokens += sum(one.mask)

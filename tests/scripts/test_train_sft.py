@@ -85,18 +85,17 @@ def test_resume_continues_bit_for_bit(start, tmp_path):
     assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in weights(cut).items())
 
 
-def test_micro_batches_packing_and_ranks_change_nothing(start, tmp_path):
+def test_micro_batches_and_ranks_change_nothing(start, tmp_path):
     first = tmp_path / "first.jsonl"  # with two ranks, one has no share of the evaluation
     first.write_text(start[1].read_text().splitlines()[0] + "\n")
     train(start, tmp_path / "one", "--eval-data", str(first))
     train(start, tmp_path / "micro", "--micro-batch", "3")
-    train(start, tmp_path / "packed", "--pack", "--max-length", "200")
     train(start, tmp_path / "ranks", "--micro-batch", "2", "--eval-data", str(first), ranks=2)
     reference, before = weights(tmp_path / "one"), load_file(start[0] / "model.safetensors")
     assert all(
         (reference[name] - before[name]).abs().max() > 1e-3 for name in before
     )  # everything was trained
-    for other in ("micro", "packed", "ranks"):
+    for other in ("micro", "ranks"):
         for name, tensor in weights(tmp_path / other).items():
             torch.testing.assert_close(
                 tensor, reference[name], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -129,6 +128,21 @@ def test_too_long_samples_are_counted_not_lost_in_silence(start, tmp_path):
     assert "left out" in printed and "chats.jsonl:" in printed
     with pytest.raises(AssertionError, match="no sample of at most 3 tokens"):
         train(start, tmp_path / "none", "--max-length", "3")
+
+
+def test_products_in_bfloat16_are_asked_for_by_the_environment(start, tmp_path, monkeypatch):
+    """They move the loss by their rounding and no more; what is trained and written stays float32."""
+    train(start, tmp_path / "wide")
+    monkeypatch.setenv("NANOPOST_BF16", "1")
+    train(start, tmp_path / "half")
+    told = [[record["loss"] for record in records(tmp_path / name)] for name in ("wide", "half")]
+    assert told[1] == pytest.approx(told[0], rel=2e-2) and told[1] != told[0]
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "half").values())
+    said = [json.loads((tmp_path / name / "env.json").read_text())["bf16"] for name in ("wide", "half")]
+    assert said == [False, True]
+    monkeypatch.setenv("NANOPOST_BF16", "yes")
+    with pytest.raises(AssertionError, match="NANOPOST_BF16 must be 0 or 1, got 'yes'"):
+        train(start, tmp_path / "neither")
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(start, tmp_path):
