@@ -1,15 +1,21 @@
-"""pytest in forked processes: one server imports the heavy libraries, and each run starts from there."""
+"""pytest and scripts in forked processes: one server imports the heavy libraries, all start from there."""
 
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "numpy", "pytest", "hypothesis", "jinja2", "tokenizers", "safetensors"]
+    [
+        *("torch", "torch.distributed.fsdp", "numpy", "pytest", "hypothesis", "jinja2", "tokenizers"),
+        *("safetensors", "tyro", "tqdm", "matplotlib.pyplot"),
+    ]
 )
 
 
@@ -31,9 +37,45 @@ def run_pytest(
         return int(process.exitcode or 0), printed.read()
 
 
+def start_python(
+    folder: Path, command: Sequence[str], *, environment: dict[str, str], printed: str
+) -> BaseProcess:
+    """`python SCRIPT …` or `python -c PROGRAM …` in a folder, a warning being an error.
+
+    Args:
+        printed: the file to print to.
+    """
+    process = CONTEXT.Process(target=_become_python, args=(folder, list(command), environment, printed))
+    process.start()
+    return process
+
+
 def _become_pytest(folder: Path, arguments: Sequence[str], environment: dict[str, str], printed: str) -> None:
-    """In the child: output, environment, folder and imports as if pytest had been started there."""
-    log = os.open(printed, os.O_WRONLY)
+    _enter(folder, environment, printed)
+    import pytest
+
+    code = pytest.main([*arguments])
+    sys.stdout.flush()
+    raise SystemExit(int(code))
+
+
+def _become_python(folder: Path, command: list[str], environment: dict[str, str], printed: str) -> None:
+    import torch
+
+    _enter(folder, environment, printed)
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    if command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def _enter(folder: Path, environment: dict[str, str], printed: str) -> None:
+    """In the child: output, environment, folder and imports as if a new Python had been started there."""
+    log = os.open(printed, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(environment)
@@ -41,8 +83,3 @@ def _become_pytest(folder: Path, arguments: Sequence[str], environment: dict[str
     sys.path.insert(0, str(folder))
     for name in [name for name in sys.modules if name.split(".")[0] in ("nanopost", "tests")]:
         del sys.modules[name]
-    import pytest
-
-    code = pytest.main([*arguments])
-    sys.stdout.flush()
-    raise SystemExit(int(code))

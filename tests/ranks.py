@@ -4,21 +4,21 @@
     output = run_script(["train_sft.py", "--steps", "2"], ranks=2)
 
 A function is named by module and name, runs under `distributed.setup()` and `teardown()`, and what it returns
-comes back as JSON, one value a rank. Ranks are separate Python processes with torchrun's environment
-variables, one thread each. A rank that fails or hangs fails the test with the tail of every rank's output;
-the others are killed.
+comes back as JSON, one value a rank. Ranks are processes of their own (tests/forks.py) with torchrun's
+environment variables, one thread each. A rank that fails or hangs fails the test with the tail of every
+rank's output; the others are killed.
 """
 
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.forks import start_python
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 90.0  # seconds
@@ -55,33 +55,25 @@ def _run(commands: list[list[str]], limit: float) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    processes, logs = [], []
-    for rank, command in enumerate(commands):
-        env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands))}
-        env |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
-        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed below, after its process)
-        logs.append(log)
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
-            )
-        )
-    codes: list[int | None] = []
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
-        codes = [process.poll() for process in processes]
-        if None not in codes or any(codes):
-            break
-        time.sleep(0.02)
-    for process in processes:  # after a failure or the limit the others wait for a rank that is gone
-        process.kill()
-        process.wait()
-    outputs = []
-    for log in logs:
-        log.seek(0)
-        outputs.append(log.read())
-        log.close()
+    with tempfile.TemporaryDirectory() as folder:
+        processes, logs = [], [Path(folder) / f"{rank}.log" for rank in range(len(commands))]
+        for rank, (command, log) in enumerate(zip(commands, logs, strict=True)):
+            env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(len(commands))}
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
+            log.touch()
+            environment = {**os.environ, **env}
+            processes.append(start_python(ROOT, command, environment=environment, printed=str(log)))
+        codes: list[int | None] = []
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            codes = [process.exitcode for process in processes]
+            if None not in codes or any(codes):
+                break
+            time.sleep(0.02)
+        for process in processes:  # after a failure or the limit the others wait for a rank that is gone
+            process.kill()
+            process.join()
+        outputs = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
     if any(code != 0 for code in codes):
         tails = "\n".join(
             f"--- rank {rank}: exit {code}\n{out[-3000:]}"
