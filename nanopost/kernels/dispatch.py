@@ -25,7 +25,7 @@ def tile(hidden: Tensor) -> tuple[int, int]:
 
 def chunk(hidden: Tensor, *, words: int) -> int:
     """Tokens whose logits over the whole vocabulary are held at a time."""
-    budget = 2**20 if hidden.device.type == "cpu" else 2**28
+    budget = 2**20 if hidden.device.type == "cpu" else 2**29
     return max(64, min(budget // words, len(hidden)))
 
 
@@ -43,6 +43,16 @@ def fused(*tensors: Tensor) -> bool:
     """Whether Triton's kernels can serve: on a GPU, where Triton is there, for dense tensors of one dtype."""
     dense = all(x.is_cuda and x.is_contiguous() and x.dtype == tensors[0].dtype for x in tensors)
     return dense and tensors[0].dtype != torch.float64 and find_spec("triton") is not None
+
+
+def fast_linear(x: Tensor) -> bool:
+    """Whether x Wᵀ is to go through oneDNN: float32 on a CPU where that is faster and as exact."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and onednn()
+    )
 
 
 @lru_cache

@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (N, V), as `torch.nn.functional.linear`.
     """
-    if x.dtype == torch.float32 and dispatch.onednn() and not torch.is_autocast_enabled(x.device.type):
+    if dispatch.fast_linear(x):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)
 

@@ -63,8 +63,9 @@ def linear_divergence(
     Reference:
         Hinton et al. 2015, §2.1; Agarwal et al. 2024 (GKD), §2.
 
-    >>> head = torch.tensor([[0.6], [0.4]]).log() >>> linear_divergence(torch.ones(1, 1), head, torch.ones(1,
-    1), torch.tensor([[0.9], [0.1]]).log(), kind="forward") tensor([0.2263])
+    >>> one, student, teacher = torch.ones(1, 1), torch.tensor([[0.6], [0.4]]), torch.tensor([[0.9], [0.1]])
+    >>> linear_divergence(one, student.log(), one, teacher.log(), kind="forward")
+    tensor([0.2263])
     """
     none = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
     check_head(hidden, weight, none)

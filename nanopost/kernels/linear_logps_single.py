@@ -1,11 +1,11 @@
-"""linear_logps in one Triton kernel that needs no workspace: product, softmax and entropy in registers.
+"""linear_logps in one Triton kernel that needs next to no workspace: product and softmax in registers.
 
-A program holds BLOCK_N tokens and walks over the vocabulary, BLOCK_V rows of the matrix at a time, and inside
-over the width. Its tile of logits never leaves the registers and is never rounded: float32 from the tensor
-core's sum to the logarithm. Hidden states and matrix come through the tensor memory accelerator, by
-descriptors: what lies outside of them arrives as 0, so the ragged edges need no mask where they are loaded.
-With few tokens, 128 a program, most of the GPU is idle; that, and the backward pass, is what
-`linear_logps_chunked` is for.
+A program holds BLOCK_N tokens and walks over its share of the vocabulary, BLOCK_V rows of the matrix at a
+time, and inside over the width. Its tile of logits never leaves the registers and is never rounded: float32
+from the tensor core's sum to the logarithm. Hidden states and matrix come through the tensor memory
+accelerator, by descriptors: what lies outside of them arrives as 0, so the ragged edges need no mask where
+they are loaded. SPLITS programs share the vocabulary, so that 8,192 tokens keep every multiprocessor busy;
+four numbers a token and split are merged in the end. The backward pass is that of `linear_logps_chunked`.
 """
 
 import torch
@@ -18,7 +18,16 @@ from .gather_logps import fold
 from .inputs import Pointer
 from .linear_logps_chunked import check_inputs
 
-LAUNCH = {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+LAUNCH = {
+    "BLOCK_N": 128,
+    "BLOCK_V": 128,
+    "BLOCK_D": 64,
+    "num_warps": 8,
+    "num_stages": 4,
+}  # 256 words would spill
+SPLITS = (
+    8  # 8,192 tokens are then 512 programs for 132 multiprocessors: four rounds, the last one nearly full
+)
 
 
 @triton.jit
@@ -26,18 +35,20 @@ def _forward_kernel(
     hidden: "TensorDescriptor",
     weight: "TensorDescriptor",
     target_ids_ptr: "Pointer",
-    logps_ptr: "Pointer",
-    entropy_ptr: "Pointer",
-    logsumexp_ptr: "Pointer",
+    maximum_ptr: "Pointer",
+    total_ptr: "Pointer",
+    weighted_ptr: "Pointer",
+    picked_ptr: "Pointer",
     rows: int,
     vocabulary: int,
     width: int,
+    share: int,
     inverse_temperature: float,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """BLOCK_N tokens against the whole vocabulary."""
+    """BLOCK_N tokens against a share of the vocabulary, a multiple of BLOCK_V."""
     first = tl.program_id(0) * BLOCK_N
     row = first + tl.arange(0, BLOCK_N)
     target = tl.load(target_ids_ptr + row, mask=row < rows, other=-1)
@@ -45,7 +56,7 @@ def _forward_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     weighted = tl.zeros((BLOCK_N,), tl.float32)
     picked = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, vocabulary, BLOCK_V):
+    for start in range(tl.program_id(1) * share, (tl.program_id(1) + 1) * share, BLOCK_V):
         logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for part in range(0, width, BLOCK_D):
             logits = tl.dot(hidden.load([first, part]), weight.load([start, part]).T, logits)
@@ -53,17 +64,27 @@ def _forward_kernel(
         logits = tl.where(column[None, :] < vocabulary, logits, -float("inf"))
         picked += tl.sum(tl.where(column[None, :] == target[:, None], logits, 0.0), axis=1)
         maximum, total, weighted = fold(maximum, total, weighted, logits, inverse_temperature)
-    picked = tl.where((target >= 0) & (target < vocabulary), picked, float("nan"))
-    spread = tl.log(total)
-    tl.store(logps_ptr + row, (picked - maximum) * inverse_temperature - spread, mask=row < rows)
-    tl.store(entropy_ptr + row, spread - weighted / total, mask=row < rows)
-    tl.store(logsumexp_ptr + row, maximum * inverse_temperature + spread, mask=row < rows)
+    place = tl.program_id(1) * rows + row
+    tl.store(maximum_ptr + place, maximum, mask=row < rows)
+    tl.store(total_ptr + place, total, mask=row < rows)
+    tl.store(weighted_ptr + place, weighted, mask=row < rows)
+    tl.store(picked_ptr + place, picked, mask=row < rows)
+
+
+def _merge(
+    maximum: Tensor, total: Tensor, weighted: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, sum and weighted sum (N,) from those of the shares, (SPLITS, N)."""
+    peak = maximum.amax(0)
+    shift = ((maximum - peak) / temperature).nan_to_num(nan=0.0, neginf=torch.finfo(torch.float32).min)
+    shrink = shift.exp()
+    return peak, (shrink * total).sum(0), (shrink * (weighted + shift * total)).sum(0)
 
 
 def forward(
     hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the target, entropy and logsumexp of z = h Wᵀ, with no memory but the results'.
+    """Log-probability of the target, entropy and logsumexp of z = h Wᵀ, with 32 numbers a token beside them.
 
         ℓ = z_y/τ − log Σ_v exp(z_v/τ),   H = −Σ_v p_v log p_v,   logsumexp = log Σ_v exp(z_v/τ)
 
@@ -92,21 +113,27 @@ def forward(
     if hidden.dtype == torch.float32 or width % 8:
         found = f"{tuple(hidden.shape)} of {hidden.dtype}"
         raise ValueError(f"hidden must be in half precision and D a multiple of 8, got {found}")
-    logps, entropy, logsumexp = (
-        torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(3)
-    )
+    parts = torch.empty(4, SPLITS, rows, dtype=torch.float32, device=hidden.device)
+    blocks = triton.cdiv(vocabulary, LAUNCH["BLOCK_V"])
     if rows:  # there is no descriptor of nothing
-        _forward_kernel[(triton.cdiv(rows, LAUNCH["BLOCK_N"]),)](
+        _forward_kernel[triton.cdiv(rows, LAUNCH["BLOCK_N"]), SPLITS](
             TensorDescriptor.from_tensor(hidden, [LAUNCH["BLOCK_N"], LAUNCH["BLOCK_D"]]),
             TensorDescriptor.from_tensor(weight, [LAUNCH["BLOCK_V"], LAUNCH["BLOCK_D"]]),
             target_ids,
-            logps,
-            entropy,
-            logsumexp,
+            *parts,
             rows,
             vocabulary,
             width,
+            triton.cdiv(blocks, SPLITS) * LAUNCH["BLOCK_V"],
             1.0 / temperature,
             **LAUNCH,
         )
-    return logps, entropy, logsumexp
+    maximum, total, weighted = _merge(parts[0], parts[1], parts[2], temperature)
+    known = (target_ids >= 0) & (target_ids < vocabulary)
+    picked = parts[3].sum(0).where(known, torch.nan)
+    spread = total.log()
+    return (
+        (picked - maximum) / temperature - spread,
+        spread - weighted / total,
+        maximum / temperature + spread,
+    )

@@ -37,17 +37,25 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Ragged:
+    """The rows as FlashAttention's kernel for ragged rows takes them: queries and keys, row after row."""
+
+    keys: Tensor | None  # places in the list of what rows look at; None: the list itself, nothing is shared
+    query_ends: Tensor  # (R + 1,), int32: 0, and where each row's queries end
+    key_ends: Tensor  # (R + 1,), int32: 0, and where each row's keys end
+    most: tuple[int, int]  # queries and keys of the longest rows
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the tokens of a batch are."""
 
     tokens: Tensor  # (N,) of each token of the list: its place in the flattened (R, T)
     positions: Tensor  # (N,) of each token of the list: its column
     places: Tensor  # (R, T) of each position: its place in the list; 0 where there is nothing
-    spans: Spans
     blocks: tuple[Block, ...]  # none: every row brings all of T
-    order: (
-        Tensor  # (N,) of each token of the list: its place in the blocks' queries, one block after the other
-    )
+    order: Tensor  # (N,) of each token of the list: its place in the blocks' queries, block after block
+    ragged: Ragged
 
 
 def layout(spans: Spans, width: int, device: torch.device) -> Layout:
@@ -69,7 +77,8 @@ def layout(spans: Spans, width: int, device: torch.device) -> Layout:
             raise ValueError(f"spans[{row}] must have {limits}, got {(start, end)}")
         above = end
     starts, ends = torch.tensor(spans, dtype=torch.long).view(-1, 2).unbind(1)
-    own = (torch.arange(width) >= starts[:, None]) & (torch.arange(width) < ends[:, None])
+    column = torch.arange(width)
+    own, seen = ((column >= first[:, None]) & (column < ends[:, None]) for first in (starts, 0 * starts))
     tokens = own.flatten().nonzero().squeeze(1)
     places = torch.zeros(own.shape, dtype=torch.long)
     places[own] = torch.arange(len(tokens))
@@ -80,8 +89,14 @@ def layout(spans: Spans, width: int, device: torch.device) -> Layout:
         order[block.queries[real]] = count + real.flatten().nonzero().squeeze(1)
         count += real.numel()
         blocks.append(Block(*(x.to(device) for x in (block.queries, block.keys, block.seen))))
-    listed, columns = tokens.to(device), (tokens % width).to(device)
-    return Layout(listed, columns, places.to(device), spans, tuple(blocks), order.to(device))
+    query_ends, key_ends = (
+        F.pad(mask.sum(1).cumsum(0), (1, 0)).to(device, torch.int32) for mask in (own, seen)
+    )
+    most = int((ends - starts).max()), int(ends.max())
+    keys = places[seen].to(device) if bool(starts.any()) else None
+    listed, columns, places = tokens.to(device), (tokens % width).to(device), places.to(device)
+    ragged = Ragged(keys, query_ends, key_ends, most)
+    return Layout(listed, columns, places, tuple(blocks), order.to(device), ragged)
 
 
 def _blocks(starts: Tensor, ends: Tensor, places: Tensor) -> Iterator[tuple[Block, Tensor]]:
@@ -118,7 +133,7 @@ def attend(rows: Layout, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         a, b, c = (x.unflatten(0, rows.places.shape).transpose(1, 2) for x in (q, k, v))
         return softmax_attention(a, b, c, None).transpose(1, 2).reshape(q.shape)
     if dispatch.ragged_attention(q):
-        return _varlen(rows, q, k, v)
+        return _varlen(rows.ragged, q, k, v)
     outputs = []
     for block in rows.blocks:
         a, b, c = (_take(*x) for x in ((q, block.queries), (k, block.keys), (v, block.keys)))
@@ -147,19 +162,20 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> T
         scores = (q * E**-0.5).reshape(S, K, H // K, T, E) @ k.unsqueeze(2).mT
         scores = scores.view(S, H, T, U).masked_fill_(~seen, -torch.inf)
         return (scores.softmax(-1).view(S, K, H // K, T, U) @ v.unsqueeze(2)).view(S, H, T, E)
-    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=H > K)
+    if q.is_cuda and H > K:  # its float32 kernels know no groups and would hold (T, U) scores
+        k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, seen, is_causal=seen is None, enable_gqa=q.shape[1] > k.shape[1]
+    )
 
 
-def _varlen(rows: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _varlen(rows: Ragged, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same by FlashAttention's kernel for ragged rows: to it a row's queries are the last of its keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    keys = torch.cat([rows.places[row, :end] for row, (_, end) in enumerate(rows.spans)])
-    share = q.shape[1] // k.shape[1]
-    k, v = (x[keys].repeat_interleave(share, dim=1) for x in (k, v))
-    lengths = torch.tensor([(end - start, end) for start, end in rows.spans], device=q.device)
-    most = [max(end - start for start, end in rows.spans), max(end for _, end in rows.spans)]
-    bounds_q, bounds_k = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().unbind(1)
-    out = varlen_attn(q, k, v, bounds_q, bounds_k, *most, window_size=(-1, 0))
+    share = q.shape[1] // k.shape[1]  # torch 2.11's takes as many key/value heads as query heads
+    k, v = (x if rows.keys is None else x[rows.keys] for x in (k, v))
+    k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, rows.query_ends, rows.key_ends, *rows.most, window_size=(-1, 0))
     assert isinstance(out, Tensor)  # nothing beside it was asked for
     return out

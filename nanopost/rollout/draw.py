@@ -49,7 +49,7 @@ def draw(
     tokens = block * BLOCK + _first_above(inside, target - before)
     total = ends[:, -1].log().to(scores.dtype)
     scores.clamp_(min=torch.finfo(scores.dtype).min)  # 0 · −∞ would be NaN
-    mean = torch.linalg.vecdot(weights, scores) / ends[:, -1].to(scores.dtype)
+    mean = (weights * scores).sum(-1) / ends[:, -1].to(scores.dtype)
     return tokens.squeeze(1), scores.gather(1, tokens).squeeze(1) - total, total - mean
 
 

@@ -14,13 +14,14 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from nanopost.losses.checks import wide
 from nanopost.models.attention import layout
 from nanopost.models.cache import KVCache
 from nanopost.models.llama import Llama
 from nanopost.rollout.draw import draw
-from nanopost.rollout.graph import replayed
+from nanopost.rollout.graph import kept_casts, replayed
 from nanopost.rollout.types import Rollout
 
 
@@ -37,6 +38,7 @@ def row_uniforms(*, seed: int, step: int, prompts: Sequence[int], group_size: in
 
 
 @torch.no_grad()
+@kept_casts()
 def sample(
     model: Llama,
     prompts: Sequence[Sequence[int]],
@@ -81,15 +83,10 @@ def sample(
 
     half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
     cache = KVCache(model.config, max_new_tokens, weight.new_empty(0, dtype=half))
-    rows, logits = (
-        sizes.new_zeros(0),
-        weight.new_zeros(0, model.config.vocab_size),
-    )  # who speaks, and what next
-    opened, first = (
-        list[int](),
-        dict[int, Tensor](),
-    )  # prompts in the cache; the logits at the ends of the newest
-    entered = told = deepest = 0
+    rows, logits = sizes.new_zeros(0), weight.new_zeros(0, model.config.vocab_size)  # of those who speak
+    opened = list[int]()  # the prompts in the cache
+    first = dict[int, Tensor]()  # the logits at the ends of prompts that rows may still begin with
+    entered = told = deepest = columns = 0
 
     def step(columns: int) -> None:
         """Every row says a token, and reads it."""
@@ -100,21 +97,22 @@ def sample(
         column = held.masked_fill(done, max_new_tokens)
         tokens[rows, column], old_logps[rows, column], entropies[rows, column] = token, logp, spread
         said[rows] = held + ~done
-        ended[rows] = done | torch.isin(token, stops) | (held + 1 == max_new_tokens)
-        if device.type == "cpu" and bool(ended[rows].all()):
+        ended[rows] = done | (token[:, None] == stops).any(1) | (held + 1 == max_new_tokens)
+        if not steady and bool(ended[rows].all()):
             return
         look = cache.decode(at, columns)
         logits.copy_(model.next_logits(token, sizes[rows // group_size] + at, look, None))
 
-    ahead, stride = (
-        (8, 64) if device.type == "cuda" else (1, 1)
-    )  # steps between looks at who is done; columns
+    # Where a step is replayed, nobody asks after each one who is done, and its shapes stay for long.
+    steady = weight.is_cuda and not isinstance(model, FSDPModule)
+    ahead = 8 if steady else 1
     while True:
         gone = int(ended[rows].sum())
         finished(gone - told)
         told = gone
         room = slots - len(rows) + gone
         if 4 * gone >= len(rows) or (entered < count and 8 * room >= slots):
+            # Who is done leaves, who waits comes in, and with them the prompts that they alone need.
             stay = (~ended[rows]).nonzero().squeeze(1)
             new = range(entered, min(entered + room, count))
             if not len(stay) and not new:
@@ -134,8 +132,9 @@ def sample(
             logits = torch.cat([logits[stay], *(first[row // group_size][None] for row in new)])
             deepest, columns = int(said[rows].max()), 0
         if columns < min(deepest + ahead, max_new_tokens):
-            columns = min(-(-(deepest + ahead) // stride) * stride, max_new_tokens)
-            advance = replayed(partial(step, columns), device)
+            columns = deepest + ahead if not steady else max(64, 1 << (deepest + ahead - 1).bit_length())
+            columns = min(columns, max_new_tokens)
+            advance = replayed(partial(step, columns)) if steady else partial(step, columns)
         for _ in range(ahead):
             advance()
         deepest += ahead

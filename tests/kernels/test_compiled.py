@@ -180,7 +180,7 @@ def test_products_run_on_the_tensor_cores_of_hopper(compiled: list[Compiled]) ->
     assert {each.kernel for each in multiplying} == {"linear_logps_single._forward_kernel"}
     for each in multiplying:
         code = tool("nvdisasm", each.cubin)
-        assert "HGMMA.64x256x16.F32.BF16" in code and "HMMA" not in code, each
+        assert "HGMMA.64x128x16.F32.BF16" in code and "HMMA" not in code, each
         assert "UTMALDG" in code, each  # both operands come by the tensor memory accelerator
 
 

@@ -93,6 +93,7 @@ def test_the_ragged_kernel_is_told_the_same(monkeypatch):
 
     def varlen_attn(q, k, v, bounds_q, bounds_k, most_q, most_k, *, window_size):
         assert window_size == (-1, 0) and bounds_q.dtype == bounds_k.dtype == torch.int32
+        assert bounds_q.is_contiguous() and bounds_k.is_contiguous()  # the kernel asks for both
         assert most_q == bounds_q.diff().max() and most_k == bounds_k.diff().max()
         outputs = []
         for row in range(len(bounds_q) - 1):

@@ -148,8 +148,8 @@ MUTANTS = [
         source="our own",
         story="The kernel is told the queries' bounds for the keys: a prefix moves all that is behind it.",
         file=ATTENTION,
-        before="torch.tensor([(end - start, end) for start, end in rows.spans]",
-        after="torch.tensor([(end - start, end - start) for start, end in rows.spans]",
+        before="for mask in (own, seen)",
+        after="for mask in (own, own)",
         killer="tests/models/test_attention.py::test_the_ragged_kernel_is_told_the_same",
     ),
     Mutant(

@@ -146,8 +146,8 @@ MUTANTS = [
         source="our own",
         story="An id outside the vocabulary scores as a logit of 0: a finite number that means nothing.",
         file=SINGLE,
-        before='    picked = tl.where((target >= 0) & (target < vocabulary), picked, float("nan"))\n',
-        after="",
+        before="picked = parts[3].sum(0).where(known, torch.nan)",
+        after="picked = parts[3].sum(0)",
         killer=f"{TEST_LINEAR}::test_single_rows_without_a_softmax_are_nan",
     ),
     Mutant(
@@ -230,5 +230,14 @@ MUTANTS = [
         before="angle = (row // heads) * half + pair",
         after="angle = (row % (rows // heads)) * half + pair",
         killer=f"{TEST_ROPE}::test_value_and_gradient_equal_complex_multiplication",
+    ),
+    Mutant(
+        name="shares_added_without_their_maxima",
+        source="our own",
+        story="The sums of the vocabulary's shares are added though each is around a maximum of its own.",
+        file=SINGLE,
+        before="shrink = shift.exp()",
+        after="shrink = torch.ones_like(shift)",
+        killer=f"{TEST_LINEAR}::test_single_equals_the_losses_of_unrounded_logits",
     ),
 ]

@@ -5,18 +5,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from nanopost.rollout.graph import replayed
-
-
-def test_on_a_cpu_a_step_is_itself():
-    def step() -> None:
-        raise AssertionError
-
-    assert replayed(step, torch.device("cpu")) is step
+from nanopost.rollout.graph import kept_casts, replayed
 
 
 @pytest.mark.parametrize("calls", [1, 2, 5])
-def test_on_a_gpu_every_call_has_the_effect_of_one_step(monkeypatch, calls):
+def test_every_call_has_the_effect_of_one_step(monkeypatch, calls):
     state, recording, eager = {"count": 0}, [], []
 
     class Graph:
@@ -40,8 +33,24 @@ def test_on_a_gpu_every_call_has_the_effect_of_one_step(monkeypatch, calls):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    advance = replayed(step, torch.device("cuda"))
+    advance = replayed(step)
     for _ in range(calls):
         advance()
     assert state["count"] == calls
     assert len(eager) == 1 and len(recorded) == (calls > 1)  # compiled by the first, recorded once
+
+
+def test_casts_are_kept_for_the_block_alone():
+    weight = torch.ones(2, 2, requires_grad=True)
+    x = torch.ones(1, 2)
+
+    def product() -> float:
+        return float((x @ weight).detach()[0, 0])
+
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with kept_casts():
+            assert torch.is_autocast_cache_enabled() and product() == 2.0
+            with torch.no_grad():
+                weight.fill_(3.0)
+            assert product() == 2.0  # the cast of before
+        assert not torch.is_autocast_cache_enabled() and product() == 6.0
