@@ -1,5 +1,7 @@
 """The tiled heads against the losses of the logits they never store: values, gradients, memory, refusals."""
 
+import doctest
+import importlib
 import math
 
 import pytest
@@ -275,3 +277,9 @@ def test_other_bad_numbers_are_named():
             linear_divergence(one, head, one, head, **{"kind": "jsd"} | change)
     with pytest.raises(ValueError, match="both heads must have as many words, got 3 and 4"):
         linear_divergence(one, head, one, torch.ones(4, 1), kind="forward")
+
+
+@pytest.mark.parametrize("name", ["linear_logps", "linear_cross_entropy", "linear_divergence"])
+def test_doctests_run(name):
+    found = doctest.testmod(importlib.import_module(f"nanopost.kernels.{name}"))
+    assert found.attempted and not found.failed
