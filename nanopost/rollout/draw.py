@@ -42,10 +42,11 @@ def draw(
     weights = scores.exp()
     rest = -weights.shape[1] % BLOCK
     blocks = (F.pad(weights, (0, rest)) if rest else weights).unflatten(1, (-1, BLOCK))
-    ends = blocks.sum(-1).double().cumsum(-1)
+    sums = blocks.sum(-1).double()
+    ends = sums.cumsum(-1)
     block = _first_above(ends, target := uniforms[:, None] * ends[:, -1:])
     inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).double().cumsum(-1)
-    before = ends.gather(1, block) - inside[:, -1:]
+    before = (ends - sums).gather(1, block)
     tokens = block * BLOCK + _first_above(inside, target - before)
     total = ends[:, -1].log().to(scores.dtype)
     scores.clamp_(min=torch.finfo(scores.dtype).min)  # 0 · −∞ would be NaN

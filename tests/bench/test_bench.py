@@ -54,14 +54,18 @@ class Pretended:
 def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
     """Run a made-up case with made-up times; the exit code and what the results file then holds."""
 
-    def go(times: Times, digests: dict[str, dict[str, Tensor]] | None = None) -> tuple[int, dict[str, Any]]:
+    def go(
+        times: Times, digests: dict[str, dict[str, Tensor]] | None = None, **more: Any
+    ) -> tuple[int, dict[str, Any]]:
         settings = {name: {"name": name} for name in times if name.startswith("peer")}
         peers = [
-            Peer("known", "torch", "peers:any", settings, default_bar=2.0, best_bar=1.5),
+            Peer("known", "torch", "peers:any", settings, default_bar=2.0, best_bar=1.5, memory_bar=0.3),
             Peer("unknown", "no-such-package-anywhere", "peers:any", {"default": {}}, best_bar=1.0),
         ]
         shape = {"width": 4, "layers": 1, "vocabulary": 8}
-        case = Case("small", "A small case", "ours", shape, peers, [(8, 8, True)], floor_bar=0.7, files=())
+        case = Case(
+            "small", "A small case", "ours", shape, peers, [(8, 8, True)], floor_bar=0.7, files=(), **more
+        )
         monkeypatch.setitem(CASES, "small", case)
         monkeypatch.setattr(run, "Process", Pretended)
         Pretended.times = {"bench.floor:products": [0.8]} | times
@@ -88,6 +92,13 @@ def test_a_quiet_case(pretend: Go, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["peers"]["unknown"] == {"skipped": "no-such-package-anywhere is not installed"}
     assert "unknown: skipped, no-such-package-anywhere is not installed" in capsys.readouterr().out
     assert results["machine"]["cores"] and results["versions"]["torch"] and results["not_built"]
+
+
+def test_memory_is_a_share_of_the_peers_best_without_the_outputs(pretend: Go) -> None:
+    _, results = pretend({"ours": [1.0], "peer default": [3.0], "peer best": [2.0]}, memory=True)
+    row = results["cases"]["small"]["peers"]["known"]
+    assert row["output_bytes"] == 8 and row["memory_bytes"] == [4000 - 8, 9000 - 8]  # "ours", "peer best"
+    assert row["memory_share"] == 3992 / 8992 and measure.verdict(row) == "not met"
 
 
 def test_a_twin_that_differs_by_more_than_five_percent_is_noise(

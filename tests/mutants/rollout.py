@@ -67,7 +67,7 @@ MUTANTS = [
         source="our own",
         story="The weight before a block is taken to be that up to its end: its later words are never drawn.",
         file=DRAW,
-        before="before = ends.gather(1, block) - inside[:, -1:]",
+        before="before = (ends - sums).gather(1, block)",
         after="before = ends.gather(1, block)",
         killer=f"{SAMPLER_TESTS}::test_draws_follow_the_distribution",
     ),

@@ -174,6 +174,17 @@ def test_the_ends_of_the_unit_interval_draw_tokens_of_positive_probability():
     assert tokens.tolist() == [1, 3] and logps.isfinite().all()
 
 
+def test_a_uniform_number_of_0_draws_the_first_token_of_all_however_unlikely():
+    """And the least above 0 beyond its mass the next one: no rounding of a block's sum comes between."""
+    logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(0)) * 3
+    logits[0, 0] = -14.0
+    mass = float(logits.double().softmax(-1)[0, 0])
+    assert mass < 1e-7
+    uniforms = torch.tensor([0.0, 0.5 * mass, 1.5 * mass], dtype=torch.float64)
+    tokens, logps, _ = draw(logits.expand(3, -1), uniforms, temperature=1.0, top_k=0, top_p=1.0)
+    assert tokens.tolist() == [0, 0, 1] and logps[0].item() == pytest.approx(math.log(mass), abs=1e-4)
+
+
 def test_truncated_draws_stay_in_the_support():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64).expand(500, -1)
     uniforms = torch.linspace(0, 1, 501, dtype=torch.float64)[:-1]
