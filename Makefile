@@ -32,6 +32,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[oracle,report]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.run all
 
 clean:

@@ -60,7 +60,7 @@ LOSSES = {
 }
 MEANS = {"margin": "units", "accuracy": "units", "chosen_change": "chosen", "rejected_change": "rejected"}
 MEANS |= {"kl_from_ref": "tokens", "sft": "chosen_tokens"}  # what the numbers of a line are means over
-TIE = 1e-4  # nats: what is nearer to 0 is rounding
+TIE = 0.1 if distributed.bf16() else 1e-4  # nats a completion: what is nearer to 0 is rounding
 FALLING = """chosen_change < 0: the chosen completions are less likely than at the start. The margin may grow
 while both sides fall: the mass moves to texts that nobody compared. --sft-weight or --loss ipo hold it."""
 

@@ -63,6 +63,8 @@ def _become_python(folder: Path, command: list[str], environment: dict[str, str]
     import torch
 
     _enter(folder, environment, printed)
+    for name in os.environ.keys() - environment.keys():  # the server's own, from when it was started
+        del os.environ[name]
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     if command[0] == "-c":

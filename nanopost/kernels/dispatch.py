@@ -1,15 +1,19 @@
-"""Which path runs: the one place of the project that looks at the device, its libraries and its speed."""
+"""Which path runs: the one place that chooses by the device, its libraries and its processor."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+WIDEST_NORM = 8192  # 16 numbers of a row in each of 512 threads: Triton's RMSNorm of more would spill
 
 
 def head_path(hidden: Tensor, weight: Tensor) -> ModuleType:
@@ -34,9 +38,27 @@ def short_attention(q: Tensor, *, keys: int) -> bool:
     return q.device.type == "cpu" and keys <= 64
 
 
+def grouped_attention(q: Tensor) -> bool:
+    """Whether torch's kernel knows that query heads share key/value heads: not on a GPU in float32."""
+    return not q.is_cuda
+
+
 def ragged_attention(q: Tensor) -> bool:
-    """Whether FlashAttention's kernel for ragged rows can serve: half precision on a GPU."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    """Whether FlashAttention's kernel for ragged rows can serve: half precision, a GPU of 2020 or later.
+
+    Heads are a multiple of 8 wide, and torch is 2.11 or later, whose `varlen_attn` takes a window.
+    """
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    recent = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return recent and "window_size" in signature(varlen_attn).parameters
+
+
+def replays(model: nn.Module) -> bool:
+    """Whether a decode step is recorded as a CUDA graph: on a GPU, unless FSDP has sharded the model."""
+    return next(model.parameters()).is_cuda and not isinstance(model, FSDPModule)
 
 
 def fused(*tensors: Tensor) -> bool:
@@ -46,7 +68,7 @@ def fused(*tensors: Tensor) -> bool:
 
 
 def fast_linear(x: Tensor) -> bool:
-    """Whether x Wᵀ is to go through oneDNN: float32 on a CPU where that is faster and as exact."""
+    """Whether x Wᵀ is to go through oneDNN: float32, on a CPU where that is faster and as exact."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32

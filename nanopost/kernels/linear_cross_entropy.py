@@ -86,17 +86,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(s.T, x[part])
                 else:  # each product is rounded, their sum is not
                     grad_weight += s.T @ x[part]
-        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight)  # of a sum over tokens: too large for a narrow dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        if len(grad) and not (grad == grad[0]).all():
+        if len(grad) and grad.min() < grad.max():  # neither with a NaN in it: that one goes through
             low, high = float(grad.min()), float(grad.max())
             raise ValueError(
                 f"linear_cross_entropy weighs all tokens alike, got upstream gradients from {low} to {high}: "
                 "mask tokens before it, or use linear_logps"
             )
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad[0] if len(grad) else 0.0
-        return grad_hidden * scale, grad_weight * scale, None
+        scale = grad.max() if len(grad) else 0.0  # NaN if one is
+        grad_hidden, grad_weight = (
+            (x * scale).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return grad_hidden, grad_weight, None

@@ -28,10 +28,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Reference: Zhang & Sennrich 2019, eq. 4.
     """
-    if dispatch.fused(x, weight) and x.shape[-1] <= 8192:
-        from nanopost.kernels import rms_norm as triton
+    if dispatch.fused(x, weight) and x.shape[-1] <= dispatch.WIDEST_NORM:
+        from nanopost.kernels import rms_norm as kernel
 
-        return triton.rms_norm(x, weight, eps)
+        return kernel.rms_norm(x, weight, eps)
     if not torch.is_grad_enabled() and x.dtype == weight.dtype == wide(x).dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
@@ -47,9 +47,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Reference: Shazeer 2020, eq. 6.
     """
     if dispatch.fused(gate, up):
-        from nanopost.kernels import swiglu as triton
+        from nanopost.kernels import swiglu as kernel
 
-        return triton.swiglu(gate, up)
+        return kernel.swiglu(gate, up)
     return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
@@ -65,9 +65,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Reference: Su et al. 2021, eq. 34; the pairing of the hub's files.
     """
     if dispatch.fused(x):
-        from nanopost.kernels import rope as triton
+        from nanopost.kernels import rope as kernel
 
-        return triton.rope(x, cos, sin)
+        return kernel.rope(x, cos, sin)
     turned = _RoPE.apply if torch.is_grad_enabled() else _turn
     return turned(x, cos.unsqueeze(1), sin.unsqueeze(1))
 

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from nanopost.losses.checks import check_positive
 
+from .dispatch import WIDEST_NORM as WIDEST
 from .inputs import Pointer, check_dense, check_shape
 
-WIDEST = 8192  # 16 numbers of a row in each of 512 threads; a row of more would spill
 PROGRAMS = 396  # of the backward pass: 3 for each of 132 multiprocessors, all at work at the same time
 
 

@@ -86,7 +86,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     neighbours. Computed in float32 and rounded once. The gradient is turned back by the same angles.
 
     Args:
-        x: (N, heads, E), N packed tokens, float32, bfloat16 or float16, contiguous; carries the gradient.
+        x: (N, heads, E), a list of N tokens, float32, bfloat16 or float16, contiguous; carries the gradient.
         cos: (N, E/2), contiguous, of any of these dtypes; no gradient.
         sin: (N, E/2), likewise.
 

@@ -1,6 +1,6 @@
 """Who looks at whom: ragged rows that may share a prefix, computed without padding and without repetition.
 
-A batch has R rows of up to T positions. `spans[r] = (start, end)` says which of them row r brings: positions
+A batch has B rows of up to T positions. `spans[r] = (start, end)` says which of them row r brings: positions
 below `start` are those of the row above (the prompt of a group or a pair), from `end` on there is nothing.
 All but attention sees the tokens that rows bring as one list; attention gathers them into blocks of rows that
 are alike in length, and puts the outcome back into the list.
@@ -31,9 +31,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N, H, E), 
 class Block:
     """S rows, whose own tokens (at most T) look at their prefix and at each other (at most U)."""
 
-    queries: Tensor  # (S, T) places in the list; behind a row's end any place
-    keys: Tensor  # (S, U) places in the list, prefix first
-    seen: Tensor  # (S, 1, T, U), true where a query may look
+    queries: Tensor  # (S, T) places in the list; behind a row's end again its last
+    keys: Tensor  # (S, U) places in the list, prefix first; behind a row's end again its last
+    seen: Tensor | None  # (S, 1, T, U), true where a query may look; None: each at itself and what is before
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Ragged:
     """The rows as FlashAttention's kernel for ragged rows takes them: queries and keys, row after row."""
 
     keys: Tensor | None  # places in the list of what rows look at; None: the list itself, nothing is shared
-    query_ends: Tensor  # (R + 1,), int32: 0, and where each row's queries end
-    key_ends: Tensor  # (R + 1,), int32: 0, and where each row's keys end
+    query_ends: Tensor  # (B + 1,), int32: 0, and where each row's queries end
+    key_ends: Tensor  # (B + 1,), int32: 0, and where each row's keys end
     most: tuple[int, int]  # queries and keys of the longest rows
 
 
@@ -50,9 +50,9 @@ class Ragged:
 class Layout:
     """Where the tokens of a batch are."""
 
-    tokens: Tensor  # (N,) of each token of the list: its place in the flattened (R, T)
+    tokens: Tensor  # (N,) of each token of the list: its place in the flattened (B, T)
     positions: Tensor  # (N,) of each token of the list: its column
-    places: Tensor  # (R, T) of each position: its place in the list; 0 where there is nothing
+    places: Tensor  # (B, T) of each position: its place in the list; its row's last where there is nothing
     blocks: tuple[Block, ...]  # none: every row brings all of T
     order: Tensor  # (N,) of each token of the list: its place in the blocks' queries, block after block
     ragged: Ragged
@@ -82,13 +82,15 @@ def layout(spans: Spans, width: int, device: torch.device) -> Layout:
     tokens = own.flatten().nonzero().squeeze(1)
     places = torch.zeros(own.shape, dtype=torch.long)
     places[own] = torch.arange(len(tokens))
-    for row, start in enumerate(starts.tolist()):
+    for row, (start, end) in enumerate(spans):
         places[row, :start] = places[row - 1, :start]
+        places[row, end:] = places[row, end - 1]
     blocks, order, count = list[Block](), torch.arange(len(tokens)), 0
     for block, real in [] if bool(own.all()) else _blocks(starts, ends, places):
         order[block.queries[real]] = count + real.flatten().nonzero().squeeze(1)
         count += real.numel()
-        blocks.append(Block(*(x.to(device) for x in (block.queries, block.keys, block.seen))))
+        seen_there = None if block.seen is None else block.seen.to(device)
+        blocks.append(Block(block.queries.to(device), block.keys.to(device), seen_there))
     query_ends, key_ends = (
         F.pad(mask.sum(1).cumsum(0), (1, 0)).to(device, torch.int32) for mask in (own, seen)
     )
@@ -108,9 +110,9 @@ def _blocks(starts: Tensor, ends: Tensor, places: Tensor) -> Iterator[tuple[Bloc
         start, end = starts[rows, None], ends[rows, None]
         query, key = torch.arange(int((end - start).max())), torch.arange(int(end.max()))
         real = query < end - start
-        queries = places[rows].gather(1, (start + query).where(real, start))
+        queries = places[rows].gather(1, (start + query).where(real, end - 1))
         seen = key <= (start + query)[:, None, :, None]
-        yield Block(queries, places[rows][:, : len(key)], seen), real
+        yield Block(queries, places[rows][:, : len(key)], seen if bool(start.any()) else None), real
 
 
 def _size(count: int) -> int:
@@ -122,7 +124,7 @@ def attend(rows: Layout, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √E) v, each token of the list over its prefix and what stands before it in its row.
 
     Args:
-        rows: R rows of N tokens in all.
+        rows: B rows of N tokens in all.
         layer: not read: training keeps no cache.
         q: (N, H, E). k, v: (N, K, E), H / K query heads for each key/value head.
 
@@ -162,7 +164,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> T
         scores = (q * E**-0.5).reshape(S, K, H // K, T, E) @ k.unsqueeze(2).mT
         scores = scores.view(S, H, T, U).masked_fill_(~seen, -torch.inf)
         return (scores.softmax(-1).view(S, K, H // K, T, U) @ v.unsqueeze(2)).view(S, H, T, E)
-    if q.is_cuda and H > K:  # its float32 kernels know no groups and would hold (T, U) scores
+    if not dispatch.grouped_attention(q):
         k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, seen, is_causal=seen is None, enable_gqa=q.shape[1] > k.shape[1]

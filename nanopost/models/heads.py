@@ -39,6 +39,12 @@ def zero_head(config: LlamaConfig, labels: int = 1, *, dtype: torch.dtype | None
     return head
 
 
+def read(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """The head's scores in its own precision: autocast has no say in a reward or a value."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype))
+
+
 class ScoreModel(nn.Module):
     """The decoder with a score head: a reward model, an attribute model or a critic."""
 
@@ -51,7 +57,7 @@ class ScoreModel(nn.Module):
     def forward(self, input_ids: Tensor, spans: Spans | None = None) -> Tensor:
         """Scores at every position, (B, T, labels); `spans` say which positions each row brings."""
         hidden, places = self.model.rows(input_ids, spans)
-        return self.score(hidden[places])
+        return read(self.score, hidden[places])
 
     def values(self, input_ids: Tensor, *, spans: Spans | None = None) -> Tensor:
         """The one score at every position, (B, T): V(s_t) of a critic, or a logit a token."""
@@ -66,7 +72,7 @@ class ScoreModel(nn.Module):
         if not ((lengths >= 1) & (lengths <= input_ids.shape[1])).all():
             raise ValueError(f"lengths must lie in [1, {input_ids.shape[1]}], got {lengths.tolist()}")
         hidden, places = self.model.rows(input_ids, [(0, length) for length in lengths.tolist()])
-        return self.score(hidden[places[torch.arange(len(places), device=places.device), lengths - 1]])
+        return read(self.score, hidden[places[torch.arange(len(places), device=places.device), lengths - 1]])
 
 
 class ActorCritic(Llama):
@@ -79,7 +85,7 @@ class ActorCritic(Llama):
     def values(self, input_ids: Tensor, *, spans: Spans | None = None) -> Tensor:
         """V(s_t) for the state after token t, (B, T)."""
         hidden, places = self.model.rows(input_ids, spans)
-        return _only(self.score(hidden[places]))
+        return _only(read(self.score, hidden[places]))
 
 
 def load_score_model(

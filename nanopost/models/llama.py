@@ -2,7 +2,7 @@
 
 Module names are the tensor names of the hub's files, so `load_state_dict` is the whole converter. Inside, a
 batch is one list of tokens without padding; only attention knows which of them make a row (`attention.py`),
-and only the head's kernels know that logits exist. Letters: R rows, T positions, N tokens of the list, M
+and only the head's kernels know that logits exist. Letters: B rows, T positions, N tokens of the list, M
 supervised ones, V vocabulary, D width, H query heads, K key/value heads, E head width; H / K query heads
 share one key/value head.
 
@@ -157,14 +157,14 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def rows(self, input_ids: Tensor, spans: Spans | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, D) of the tokens that rows bring, and where each position (R, T) finds its own.
+        """Hidden states (N, D) of the tokens that rows bring, and where each position (B, T) finds its own.
 
         Args:
-            input_ids: (R, T), padded on the right.
+            input_ids: (B, T), padded on the right.
             spans: which positions each row brings (`attention.py`); None: all of them.
         """
-        R, T = input_ids.shape
-        plan = layout(spans or [(0, T)] * R, T, input_ids.device)
+        B, T = input_ids.shape
+        plan = layout(spans or [(0, T)] * B, T, input_ids.device)
         tokens = input_ids.flatten()[plan.tokens]
         return self(tokens, plan.positions, partial(attend, plan)), plan.places
 
@@ -181,7 +181,7 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, mask: Tensor | None = None, spans: Spans | None = None) -> Tensor:
-        """Logits (R, T, V), or (M, V) at the places of `mask` (R, T) alone.
+        """Logits (B, T, V), or (M, V) at the places of `mask` (B, T) alone.
 
         `spans` say which positions each row brings, as for `Decoder.rows`; what lies behind a row's end is
         no logit of anything.
@@ -209,12 +209,12 @@ class Llama(nn.Module):
         spans: Spans | None = None,
         alike: bool = False,
     ) -> Tensor:
-        """log π(target_ids[r, t] | input_ids[r, :t+1]), (R, T), in nats; `collate` has made the one shift.
+        """log π(target_ids[r, t] | input_ids[r, :t+1]), (B, T), in nats; `collate` has made the one shift.
 
         π is the distribution a sampler draws from at this temperature and truncation.
 
         Args:
-            mask: (R, T), the places to score, none behind a row's end; elsewhere the log-prob is 0, and no
+            mask: (B, T), the places to score, none behind a row's end; elsewhere the log-prob is 0, and no
                 head was asked. None: all there are.
             spans: which positions each row brings; a shared prompt is computed once. None: all.
             alike: the loss weighs every log-prob alike (SFT): the gradient is made along with the value, for

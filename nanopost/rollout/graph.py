@@ -32,7 +32,7 @@ def replayed(step: Callable[[], None]) -> Callable[[], None]:
 
 @contextmanager
 def kept_casts() -> Iterator[None]:
-    """Under autocast weights are cast once while the block runs; they must not change in it."""
+    """Under autocast, weights that train are cast once while the block runs; they must not change in it."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(True)
     try:

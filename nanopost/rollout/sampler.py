@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
+from nanopost.kernels import dispatch
 from nanopost.losses.checks import wide
 from nanopost.models.attention import layout
 from nanopost.models.cache import KVCache
@@ -76,7 +76,7 @@ def sample(
     weight, device, count = model.lm_head.weight, model.lm_head.weight.device, len(prompts) * group_size
     uniforms, stops = uniforms.to(device), torch.tensor(list(stop_ids), device=device)
     sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    # What the rows say. One that is done goes on until it leaves, into a last column that nobody reads.
+    # What the rows say. One that is done goes on until it leaves, behind its end, where nobody reads.
     tokens = torch.zeros(count, max_new_tokens + 1, dtype=torch.long, device=device)
     old_logps, entropies = wide(weight.new_zeros(2, *tokens.shape))
     said, ended = sizes.new_zeros(count), torch.zeros(count, dtype=torch.bool, device=device)
@@ -94,8 +94,7 @@ def sample(
         at = held.clamp(max=max_new_tokens - 1)
         uniform = uniforms[rows, at]
         token, logp, spread = draw(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
-        column = held.masked_fill(done, max_new_tokens)
-        tokens[rows, column], old_logps[rows, column], entropies[rows, column] = token, logp, spread
+        tokens[rows, held], old_logps[rows, held], entropies[rows, held] = token, logp, spread
         said[rows] = held + ~done
         ended[rows] = done | (token[:, None] == stops).any(1) | (held + 1 == max_new_tokens)
         if not steady and bool(ended[rows].all()):
@@ -104,7 +103,7 @@ def sample(
         logits.copy_(model.next_logits(token, sizes[rows // group_size] + at, look, None))
 
     # Where a step is replayed, nobody asks after each one who is done, and its shapes stay for long.
-    steady = weight.is_cuda and not isinstance(model, FSDPModule)
+    steady = dispatch.replays(model)
     ahead = 8 if steady else 1
     while True:
         gone = int(ended[rows].sum())
@@ -119,7 +118,6 @@ def sample(
                 break
             entered, told = new.stop, 0
             needed = {row // group_size for row in (*rows[stay].tolist(), *new)}
-            needed |= {entered // group_size} if entered % group_size else set()  # the rest of it waits
             kept = [place for place, prompt in enumerate(opened) if prompt in needed]
             cache.keep(stay, sizes.new_tensor(kept))
             fresh = sorted(needed.difference(opened))

@@ -97,6 +97,23 @@ def test_linear_cross_entropy_refuses_weights_of_tokens():
         (linear_cross_entropy(hidden, weight, ids) * torch.arange(5)).sum().backward()
 
 
+def test_a_sum_over_tokens_does_not_overflow_half_precision():
+    """8,192 tokens of mean loss: the sum of their gradients is beyond float16, the mean is not."""
+    hidden, weight = torch.full((8192, 2), 20.0, dtype=torch.float16), torch.zeros(3, 2, dtype=torch.float16)
+    weight.requires_grad_()
+    linear_cross_entropy(hidden, weight, torch.zeros(8192, dtype=torch.long)).mean().backward()
+    expected = torch.tensor([[-40 / 3] * 2, [20 / 3] * 2, [20 / 3] * 2])
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=1e-3, atol=0)
+
+
+def test_a_broken_upstream_gradient_is_passed_on():
+    """Not blamed on the weights of tokens: whoever measures the gradient's norm says what happened."""
+    hidden, weight, ids = head(5, 3, 7)
+    loss = linear_cross_entropy(hidden, weight, ids).sum()
+    (loss * torch.nan).backward()
+    assert hidden.grad.isnan().all() and weight.grad.isnan().all()
+
+
 DIVERGENCES = {
     "forward": lambda s, t, temperature: losses.forward_kl(s, t, temperature=temperature),
     "reverse": lambda s, t, temperature: losses.reverse_kl(s, t, temperature=temperature),

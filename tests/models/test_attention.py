@@ -48,6 +48,15 @@ def heads(count: int, *, of: int = 6, seed: int = 0) -> list[Tensor]:
     return [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
+def test_grouped_heads_without_a_grouped_kernel(monkeypatch):
+    """On a GPU each key/value head is laid out once for every query head that shares it, in their order."""
+    (q, k, v), seen = (x.detach().view(1, 5, -1, 6).transpose(1, 2) for x in heads(5)), None
+    expected = softmax_attention(q, k, v, seen)
+    monkeypatch.setattr(dispatch, "grouped_attention", lambda q: False)
+    monkeypatch.setattr(dispatch, "short_attention", lambda q, keys: False)
+    torch.testing.assert_close(softmax_attention(q, k, v, seen), expected, rtol=1e-10, atol=1e-12)
+
+
 @given(spans(), st.booleans())
 def test_ragged_attention_is_attention_row_by_row(drawn, short):
     rows, width = drawn
@@ -80,9 +89,7 @@ def test_rows_alike_share_a_block_and_few_places_are_padding():
     rows = [(0, n) for n in range(1, 200)]
     plan = layout(rows, 199, CPU)
     assert len(plan.blocks) <= 16  # two classes an octave
-    for block in plan.blocks:
-        own = block.seen[:, 0, :, 0].shape
-        assert block.queries.shape == own and block.keys.shape[1] == block.seen.shape[-1]
+    assert all(block.seen is None for block in plan.blocks)  # without a prefix a row is plainly causal
     assert sum(block.queries.numel() for block in plan.blocks) < 1.25 * sum(range(1, 200))
 
 
@@ -107,6 +114,21 @@ def test_the_ragged_kernel_is_told_the_same(monkeypatch):
     monkeypatch.setattr(dispatch, "ragged_attention", lambda q: True)
     found = attend(plan, 0, q, k, v)
     torch.testing.assert_close(found, written_out(rows, q, k, v), rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_broken_in_a_row_stays_there():
+    """The first row's first token is no filling for others: 0 · NaN would be NaN."""
+    rows = [(0, 4), (0, 6), (0, 5), (2, 5), (2, 4)]
+    plan, (q, k, v) = layout(rows, 7, CPU), heads(20)
+    assert len(plan.blocks) == 4  # the second and third row share one, and the shorter is filled up
+    clean = attend(plan, 0, q, k, v).detach()
+    for x in (q, k, v):
+        x.data[:4] = torch.nan
+    found = attend(plan, 0, q, k, v)
+    assert found[:4].isnan().all() and torch.equal(found[4:], clean[4:])
+    found[4:].sum().backward()
+    for x in (q, k, v):
+        assert x.grad[4:].isfinite().all() and (x.grad[:4].nan_to_num() == 0).all()
 
 
 def test_heads_of_half_precision_keep_it():

@@ -158,6 +158,18 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         load_score_model(folder)
 
 
+def test_autocast_has_no_say_in_a_score(tmp_path):
+    """The trunk multiplies in bfloat16; the head reads its hidden states in the head's own precision."""
+    model, (ids, lengths) = score_model(tmp_path).float(), pad_ids(ROWS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.scores(ids, lengths)
+        hidden, places = model.model.rows(ids, [(0, length) for length in lengths.tolist()])
+    last = hidden[places[torch.arange(3), lengths - 1]].float()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, last @ model.score.weight.T, rtol=1e-6, atol=1e-6)
+    assert (found - found.bfloat16()).abs().max() > 0
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_policy_and_critic_share_a_trunk(tmp_path, tied):
     llama = language_model(tmp_path, tie_word_embeddings=tied)

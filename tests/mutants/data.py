@@ -1,4 +1,4 @@
-"""Deliberate bugs of the data room: shifts, masks, templates, tokens, packing."""
+"""Deliberate bugs of the data room: shifts, masks, templates, tokens, shared beginnings."""
 
 from tests.mutants.mutant import Mutant
 

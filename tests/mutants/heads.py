@@ -64,8 +64,8 @@ MUTANTS = [
         source="slime#1928",
         story="The critic's output is divided by the sampler's temperature, as logits are.",
         file=HEADS,
-        before="        return _only(self.score(hidden[places]))\n",
-        after="        return _only(self.score(hidden[places]) / 0.7)\n",
+        before="        return _only(read(self.score, hidden[places]))\n",
+        after="        return _only(read(self.score, hidden[places]) / 0.7)\n",
         killer=f"{TEST_HEADS}::test_policy_and_critic_share_a_trunk[False]",
     ),
     Mutant(

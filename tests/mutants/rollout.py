@@ -3,7 +3,9 @@
 from tests.mutants.mutant import Mutant
 
 LLAMA, ATTENTION, CACHE = (f"nanopost/models/{name}.py" for name in ("llama", "attention", "cache"))
-SAMPLER, DRAW, TYPES = (f"nanopost/rollout/{name}.py" for name in ("sampler", "draw", "types"))
+SAMPLER, DRAW, GRAPH, TYPES = (
+    f"nanopost/rollout/{name}.py" for name in ("sampler", "draw", "graph", "types")
+)
 MODEL_TESTS, SAMPLER_TESTS = "tests/models/test_llama.py", "tests/rollout/test_sampler.py"
 ALONE = f"{MODEL_TESTS}::test_a_row_alone_equals_the_row_in_a_batch_that_shares_its_beginning"
 
@@ -69,7 +71,52 @@ MUTANTS = [
         file=DRAW,
         before="before = (ends - sums).gather(1, block)",
         after="before = ends.gather(1, block)",
-        killer=f"{SAMPLER_TESTS}::test_draws_follow_the_distribution",
+        killer=f"{SAMPLER_TESTS}::test_draws_find_their_word_in_any_block[200]",
+    ),
+    Mutant(
+        name="words-counted-within-their-block",
+        source="our own",
+        story="The block is found and forgotten: no word but those of the first block is ever drawn.",
+        file=DRAW,
+        before="tokens = block * BLOCK + _first_above",
+        after="tokens = _first_above",
+        killer=f"{SAMPLER_TESTS}::test_draws_find_their_word_in_any_block[65]",
+    ),
+    Mutant(
+        name="casts-of-before-the-update",
+        source="verl#2953",
+        story="The sampler's cast weights outlive the rollout: after a step it samples from the old policy.",
+        file=GRAPH,
+        before="        torch.clear_autocast_cache()\n",
+        after="",
+        killer="tests/rollout/test_graph.py::test_casts_are_kept_for_the_block_alone",
+    ),
+    Mutant(
+        name="trainer-casts-its-weights-once",
+        source="our own",
+        story="Autocast keeps its casts while training goes on: gradients are of the first weights.",
+        file="nanopost/distributed.py",
+        before="torch.set_autocast_cache_enabled(False)",
+        after="torch.set_autocast_cache_enabled(True)",
+        killer="tests/scripts/test_train_sft.py::test_products_in_bfloat16_are_asked_for_by_the_environment",
+    ),
+    Mutant(
+        name="columns-of-the-first-steps",
+        source="nanochat b062b42",
+        story="A replayed step goes on looking at the columns there were when it was recorded.",
+        file=SAMPLER,
+        before="if columns < min(deepest + ahead, max_new_tokens):",
+        after="if not columns:",
+        killer=f"{SAMPLER_TESTS}::test_columns_grow_by_powers_of_two_where_steps_are_replayed",
+    ),
+    Mutant(
+        name="rows-that-ended-told-again",
+        source="our own",
+        story="Every look at who is done counts the rows of before once more.",
+        file=SAMPLER,
+        before="finished(gone - told)",
+        after="finished(gone)",
+        killer=f"{SAMPLER_TESTS}::test_rows_that_end_are_told_once",
     ),
     Mutant(
         name="cache-read-one-column-short",
@@ -127,7 +174,7 @@ MUTANTS = [
     ),
     Mutant(
         name="rows-blind-to-their-prefix",
-        source="LLaMA-Factory#2289",
+        source="our own",
         story="The mask counts a row's own tokens only: what a group shares is seen in part.",
         file=ATTENTION,
         before="seen = key <= (start + query)[:, None, :, None]",
@@ -136,12 +183,39 @@ MUTANTS = [
     ),
     Mutant(
         name="prefix-of-another-prompt",
-        source="prime-rl#1650",
+        source="our own",
         story="Every row continues the batch's first prompt instead of the row above's.",
         file=ATTENTION,
         before="places[row, :start] = places[row - 1, :start]",
         after="places[row, :start] = places[0, :start]",
         killer=ALONE,
+    ),
+    Mutant(
+        name="packing-leaks-into-the-next-row",
+        source="trl#1230",
+        story="A row's keys are those of the row beside it in the block: samples attend to each other.",
+        file=ATTENTION,
+        before="yield Block(queries, places[rows][:, : len(key)],",
+        after="yield Block(queries, places[rows].roll(1, 0)[:, : len(key)],",
+        killer=ALONE,
+    ),
+    Mutant(
+        name="padding-is-the-batchs-first-token",
+        source="verl#2377",
+        story="What fills a block up is another row's token: masked, but 0 · NaN is NaN.",
+        file=ATTENTION,
+        before="places[row, end:] = places[row, end - 1]",
+        after="pass",
+        killer="tests/models/test_attention.py::test_what_is_broken_in_a_row_stays_there",
+    ),
+    Mutant(
+        name="heads-shared-in-another-order",
+        source="our own",
+        story="Key/value heads are tiled instead of repeated: query heads look at another group's keys.",
+        file=ATTENTION,
+        before="k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))",
+        after="k, v = (x.repeat(1, H // K, 1, 1) for x in (k, v))",
+        killer="tests/models/test_attention.py::test_grouped_heads_without_a_grouped_kernel",
     ),
     Mutant(
         name="ragged-keys-counted-as-queries",

@@ -54,3 +54,5 @@ def test_casts_are_kept_for_the_block_alone():
                 weight.fill_(3.0)
             assert product() == 2.0  # the cast of before
         assert not torch.is_autocast_cache_enabled() and product() == 6.0
+        with kept_casts():
+            assert product() == 6.0  # and nothing of the first block is left

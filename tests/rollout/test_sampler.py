@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from nanopost.data.collate import collate, spread
 from nanopost.losses import token_logps
+from nanopost.models.cache import KVCache
 from nanopost.models.llama import Llama
+from nanopost.rollout import sampler
 from nanopost.rollout.draw import draw
 from nanopost.rollout.sampler import row_uniforms, sample
 from tests.tiny import tiny_model
@@ -150,6 +152,40 @@ def test_rows_that_are_done_leave_the_batch(model, monkeypatch):
         assert live <= width < max(4 / 3 * before, before + 0.5), (step, width, before)
 
 
+def test_rows_that_end_are_told_once(model):
+    told: list[int] = []
+    samples = rollouts(model, group_size=8, max_new_tokens=20, temperature=1.5, slots=7, finished=told.append)
+    assert sum(told) == len(samples) == 32 and max(told) < 8 and min(told) >= 0
+
+
+def test_steps_that_are_replayed_say_the_same(model, monkeypatch):
+    """As on a GPU: eight steps between looks at who is done, columns by powers of two, rows that speak on."""
+    expected = rollouts(model, group_size=5, max_new_tokens=40, temperature=1.5, slots=9)
+    widths, decode = [], KVCache.decode
+    monkeypatch.setattr(sampler.dispatch, "replays", lambda model: True)
+    monkeypatch.setattr(sampler, "replayed", lambda step: step)
+    monkeypatch.setattr(
+        KVCache, "decode", lambda self, said, n: widths.append((n, int(said.max()))) or decode(self, said, n)
+    )
+    found = rollouts(model, group_size=5, max_new_tokens=40, temperature=1.5, slots=9)
+    assert {n for n, _ in widths} == {40} and max(most for _, most in widths) <= 39
+    for a, b in zip(found, expected, strict=True):
+        assert a.completion_ids == b.completion_ids and a.finish_reason == b.finish_reason
+        torch.testing.assert_close(a.old_logps, b.old_logps, rtol=0, atol=1e-9)
+
+
+def test_columns_grow_by_powers_of_two_where_steps_are_replayed(tmp_path, monkeypatch):
+    model, widths, decode = tiny_model(tmp_path, max_position_embeddings=300), [], KVCache.decode
+    monkeypatch.setattr(sampler.dispatch, "replays", lambda model: True)
+    monkeypatch.setattr(sampler, "replayed", lambda step: step)
+    monkeypatch.setattr(
+        KVCache, "decode", lambda self, said, n: widths.append((n, int(said.max()))) or decode(self, said, n)
+    )
+    rollouts(model, [PROMPTS[0]], group_size=1, max_new_tokens=200, stop_ids=(99,), temperature=0.0)
+    assert sorted({n for n, _ in widths}) == [64, 128, 200]
+    assert all(most < n for n, most in widths)
+
+
 def test_draws_follow_the_distribution(model):
     """10,000 stratified uniforms give every token its probability to 1e-4."""
     logits = torch.tensor([[0.3, -1.0, 2.0, 0.0, -torch.inf]], dtype=torch.float64)
@@ -165,6 +201,27 @@ def test_draws_follow_the_distribution(model):
         exact = torch.tensor([math.log(p) for p in expected[:4]], dtype=torch.float64)
         torch.testing.assert_close(logps, exact[tokens])
         assert entropies[0].item() == pytest.approx(-sum(p * math.log(p) for p in expected[:4]))
+
+
+@pytest.mark.parametrize("words", [5, 64, 65, 200])
+def test_draws_find_their_word_in_any_block(words):
+    """Each word by the middle of its share of [0, 1), as plain cumulative sums have it."""
+    logits = 2 * torch.randn(words, generator=torch.Generator().manual_seed(words), dtype=torch.float64)
+    logits[words // 2] = -torch.inf
+    weights = [math.exp(z) if z > -math.inf else 0.0 for z in logits.tolist()]
+    ends = list(accumulate(w / math.fsum(weights) for w in weights))
+    middles = [(a + b) / 2 for a, b in pairwise([0.0, *ends])]
+    tokens, logps, _ = draw(
+        logits.expand(words, -1),
+        torch.tensor(middles, dtype=torch.float64),
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
+    expected = list(range(words))
+    expected[words // 2] += 1  # no share of its own: its middle is where the next one begins
+    assert tokens.tolist() == expected
+    assert logps.tolist() == pytest.approx([math.log(weights[i] / math.fsum(weights)) for i in expected])
 
 
 def test_the_ends_of_the_unit_interval_draw_tokens_of_positive_probability():
@@ -203,7 +260,7 @@ def test_uniforms_depend_on_seed_step_prompt_and_sample_alone():
 
 
 def test_half_precision_weights_are_sampled_in_float32(model):
-    """Widened before the temperature divides, as the trainer does: the two still agree to 1e-5."""
+    """Widened before the temperature divides, as the trainer's scores of the same logits are."""
     half = model.to(torch.bfloat16)
     for temperature in (0.0, 0.7):
         samples = rollouts(half, group_size=2, temperature=temperature)

@@ -132,11 +132,12 @@ def test_too_long_samples_are_counted_not_lost_in_silence(start, tmp_path):
 
 def test_products_in_bfloat16_are_asked_for_by_the_environment(start, tmp_path, monkeypatch):
     """They move the loss by their rounding and no more; what is trained and written stays float32."""
-    train(start, tmp_path / "wide")
+    train(start, tmp_path / "wide", "--steps", "20")
     monkeypatch.setenv("NANOPOST_BF16", "1")
-    train(start, tmp_path / "half")
+    train(start, tmp_path / "half", "--steps", "20")
     told = [[record["loss"] for record in records(tmp_path / name)] for name in ("wide", "half")]
-    assert told[1] == pytest.approx(told[0], rel=2e-2) and told[1] != told[0]
+    assert told[1] == pytest.approx(told[0], rel=2e-2) and told[1] != told[0]  # with no cast of old weights
+    assert told[0][-1] < 0.6 * told[0][0]
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "half").values())
     said = [json.loads((tmp_path / name / "env.json").read_text())["bf16"] for name in ("wide", "half")]
     assert said == [False, True]
