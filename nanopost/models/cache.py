@@ -53,24 +53,29 @@ class KVCache:
         self._seat()
 
     def _seat(self) -> None:
-        """`members` (G, M) are the rows of each group, `seat` (n,) the place of each row among them."""
+        """`members` (G, M) are the rows of each group, `seat` (n,) the place of each row among them.
+
+        `seated`: the rows lie as their groups have them, M each, so that they need not be gathered.
+        """
         count = torch.bincount(self.group, minlength=len(self.sizes))
         order = self.group.argsort(stable=True)
         ranked, most = self.group[order], int(count.max()) if len(count) else 0
         rank = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[ranked]
         self.seat = torch.empty_like(order)
         self.seat[order] = ranked * most + rank
-        members = order.new_zeros(len(count) * most)
-        members[self.seat] = torch.arange(len(order), device=order.device)
-        self.members = members.view(len(count), most)
+        members, rows = order.new_zeros(len(count) * most), torch.arange(len(order), device=order.device)
+        members[self.seat] = rows
+        self.members, self.seated = members.view(len(count), most), torch.equal(members, rows)
 
     def _together(self, x: Tensor) -> Tensor:
         """What rows have (n, K, H/K, ·) as their groups have it (G, K, M · H/K, ·)."""
-        return x[self.members].transpose(1, 2).flatten(2, 3)
+        members = x.unflatten(0, self.members.shape) if self.seated else x[self.members]
+        return members.transpose(1, 2).flatten(2, 3)
 
     def _apart(self, x: Tensor, share: int) -> Tensor:
         """`_together` undone."""
-        return x.unflatten(2, (-1, share)).transpose(1, 2).flatten(0, 1)[self.seat]
+        members = x.unflatten(2, (-1, share)).transpose(1, 2).flatten(0, 1)
+        return members if self.seated else members[self.seat]
 
     def prefill(self, prompts: Layout) -> Attend:
         """Attention among prompts, a row each, whose keys and values become those of the last groups."""
@@ -93,10 +98,14 @@ class KVCache:
         prompt = torch.arange(self.prompt_k.shape[3], device=said.device) < self.sizes[self.group, None]
         own = torch.arange(columns, device=said.device) <= said[:, None]
         hidden = ~torch.cat([prompt, own], dim=1)[:, None, None]
-        sizes, rows = [prompt.shape[1], columns], torch.arange(len(said), device=said.device)
+        sizes, (_, n, heads, length, _) = [prompt.shape[1], columns], self.k.shape
+        column = (
+            torch.arange(n * heads, device=said.device).view(n, heads) * length + said[:, None]
+        ).flatten()
 
         def look(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer][rows, :, said], self.v[layer][rows, :, said] = k.to(self.k), v.to(self.v)
+            for new, kept in ((k, self.k), (v, self.v)):
+                kept[layer].view(n * heads * length, -1).index_copy_(0, column, new.flatten(0, 1).to(kept))
             own_k, own_v = self.k[layer, :, :, :columns], self.v[layer, :, :, :columns]
             share = q.shape[1] // k.shape[1]
             queries = (q * q.shape[2] ** -0.5).unflatten(1, (-1, share))  # (n, K, H/K, E)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanopost.data.collate import collate
@@ -91,23 +91,29 @@ def test_logits_equal_the_scalar_decoder(tmp_path, tied):
     )
 
 
-@given(seed=st.integers(0, 10**6), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3))
-def test_cached_equals_uncached_token_by_token(tmp_path_factory, seed, sizes):
+@given(
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    groups=st.lists(st.integers(0, 5), min_size=1, max_size=6),
+)
+@example(seed=0, sizes=[3, 2], groups=[0, 0, 1, 1])  # rows lie as their groups have them
+@example(seed=0, sizes=[3, 2], groups=[0, 1, 0, 1])  # as many a group, but not beside each other
+def test_cached_equals_uncached_token_by_token(tmp_path_factory, seed, sizes, groups):
     """Prompts of these sizes are read at once, then every row of each group says six tokens of its own."""
     model, generator = tiny_model(tmp_path_factory.mktemp("m")), torch.Generator().manual_seed(seed)
     width = max(sizes)
     ids = torch.randint(0, 23, (len(sizes), width), generator=generator)
-    group = torch.randint(0, len(sizes), (5,), generator=generator)
-    words = torch.randint(0, 23, (5, 6), generator=generator)
+    group = torch.tensor(groups) % len(sizes)
+    words = torch.randint(0, 23, (len(group), 6), generator=generator)
     cache = KVCache(model.config, 6, model.lm_head.weight)
     cache.grow(torch.tensor(sizes), group)
     plan = layout([(0, size) for size in sizes], width, ids.device)
     with torch.no_grad():
         model.next_logits(ids.flatten()[plan.tokens], plan.positions, cache.prefill(plan), None)
         for t in range(6):
-            said, place = torch.full((5,), t), torch.tensor(sizes)[group] + t
+            said, place = torch.full_like(group, t), torch.tensor(sizes)[group] + t
             got = model.next_logits(words[:, t], place, cache.decode(said, t + 1), None)
-            for row in range(5):
+            for row in range(len(group)):
                 whole = torch.cat([ids[group[row], : sizes[group[row]]], words[row, : t + 1]])
                 expected = model(whole[None])[0, -1]
                 torch.testing.assert_close(got[row], expected, rtol=1e-9, atol=1e-9)

@@ -12,6 +12,7 @@ TEST_HEADS, TEST_AUDIT = "tests/models/test_heads.py", "tests/evals/test_audit.p
 TEST_SCRIPT, TEST_ROLLOUTS = "tests/scripts/test_train_reward.py", "tests/evals/test_rollouts.py"
 LAST = f"{TEST_HEADS}::test_a_score_is_that_of_the_row_alone_at_its_last_token_whatever_the_padding"
 READ = "torch.arange(len(places), device=places.device), lengths - 1]"
+SPANS = "[(0, length) for length in lengths.tolist()])\n        return read(self.score, hidden[places["
 
 MUTANTS = [
     Mutant(
@@ -55,8 +56,8 @@ MUTANTS = [
         source="transformers#35352",
         story="The last column is read: a short answer's score is that of its padding.",
         file=HEADS,
-        before="lengths - 1]",
-        after="torch.full_like(lengths, -1)]",
+        before=SPANS + READ,
+        after="None)\n        return read(self.score, hidden[places[:, -1]",
         killer=LAST,
     ),
     Mutant(

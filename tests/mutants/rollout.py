@@ -146,6 +146,15 @@ MUTANTS = [
         killer=f"{SAMPLER_TESTS}::test_a_row_alone_equals_the_row_in_any_batch_and_any_number_of_slots",
     ),
     Mutant(
+        name="groups-of-a-size-taken-for-neighbours",
+        source="our own",
+        story="Groups have as many rows each, so nothing is gathered; but a refill has mixed their order.",
+        file=CACHE,
+        before="torch.equal(members, rows)",
+        after="len(members) == len(rows)",
+        killer=f"{MODEL_TESTS}::test_cached_equals_uncached_token_by_token",
+    ),
+    Mutant(
         name="ragged-prompts-share-one-position",
         source="OpenRLHF#217",
         story="Rows of a batch decode at the longest prompt's position instead of their own.",
