@@ -38,7 +38,8 @@ from bench.cuda_models import (
 )
 from bench.machine import version
 from bench.measure import quantile
-from nanopost.models.llama import Llama, LlamaConfig
+from nanopost.models.config import LlamaConfig
+from nanopost.models.llama import Llama
 from nanopost.rollout.sampler import sample
 from nanopost.rollout.types import Rollout
 

@@ -28,7 +28,7 @@ from bench.processes import Failed, Process
 from bench.worker import Turn
 from nanopost import config, metrics
 from nanopost.data.chat import write_chat
-from nanopost.models.llama import LlamaConfig
+from nanopost.models.config import LlamaConfig
 from nanopost.models.weights import save_model
 
 SHAPE = {"prompts": 8, "group": 8, "prompt": 128, "new": 128}

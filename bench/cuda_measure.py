@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.machine import version
 from bench.measure import quantile
-from nanopost.models.llama import LlamaConfig
+from nanopost.models.config import LlamaConfig
 
 Ceilings = dict[str, Any]  # copy: bytes/s, gemm: operations/s, and what they were measured on
 Left = Callable[[], float]  # seconds that are left to a row

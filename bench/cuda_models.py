@@ -17,7 +17,8 @@ from bench.cuda_measure import DEVICE
 from bench.inputs import token_rows
 from nanopost.data.collate import Batch, collate
 from nanopost.data.schema import Sample
-from nanopost.models.llama import Llama, LlamaConfig
+from nanopost.models.config import LlamaConfig
+from nanopost.models.llama import Llama
 
 HALF_B = LlamaConfig(151_936, 896, 4864, 24, 14, 2, 64, 4096, tie_word_embeddings=True)
 ONE_B = LlamaConfig(128_256, 2048, 8192, 16, 32, 8, 64, 8192, rope_theta=5e5, tie_word_embeddings=True)

@@ -21,7 +21,8 @@ from nanopost import distributed, optim
 from nanopost.data.collate import Batch
 from nanopost.data.schema import Sample
 from nanopost.losses import aggregate, sft_loss
-from nanopost.models.llama import Llama, LlamaConfig
+from nanopost.models.config import LlamaConfig
+from nanopost.models.llama import Llama
 
 PACKED, LONGEST = 4 * 4096, 4096  # tokens of a step, and of its longest document
 

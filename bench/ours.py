@@ -28,7 +28,8 @@ from nanopost.data.schema import Sample
 from nanopost.kernels.linear_cross_entropy import linear_cross_entropy
 from nanopost.kernels.linear_logps import linear_logps as kernels_linear_logps
 from nanopost.losses import aggregate, sft_loss
-from nanopost.models.llama import Llama, LlamaConfig
+from nanopost.models.config import LlamaConfig
+from nanopost.models.llama import Llama
 from nanopost.models.weights import load_model, random_model, save_model, write_config
 from nanopost.rewards.math import gsm8k
 from nanopost.rollout import sampler as rollout_sampler

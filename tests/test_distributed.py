@@ -9,7 +9,8 @@ import torch
 from nanopost import checkpoint, distributed, metrics, optim
 from nanopost.losses.likelihood import sft_loss
 from nanopost.losses.reduce import aggregate, local_denom
-from nanopost.models.llama import Llama, LlamaConfig
+from nanopost.models.config import LlamaConfig
+from nanopost.models.llama import Llama
 from tests.ranks import run_function, run_script
 
 ROWS, WIDTH, VOCABULARY, STEPS = 4, 9, 13, 3

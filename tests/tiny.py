@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from nanopost.models.llama import Llama, LlamaConfig
+from nanopost.models.config import LlamaConfig
+from nanopost.models.llama import Llama
 from nanopost.models.weights import random_model, save_model, write_config
 from tests.chat_fixtures import make_chat
 

@@ -15,6 +15,7 @@ from nanopost.data.schema import Record, Sample
 from nanopost.evals.reference import weights_id
 from nanopost.evals.rollouts import completion_scores
 from nanopost.evals.verifier import Verifier
+from nanopost.models.config import LlamaConfig
 from nanopost.models.heads import (
     HEAD,
     ActorCritic,
@@ -23,7 +24,7 @@ from nanopost.models.heads import (
     load_score_model,
     save_score_model,
 )
-from nanopost.models.llama import Llama, LlamaConfig
+from nanopost.models.llama import Llama
 from nanopost.models.weights import load_config, load_model, shard_files
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout

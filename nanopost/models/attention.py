@@ -44,6 +44,7 @@ class Ragged:
     query_ends: Tensor  # (B + 1,), int32: 0, and where each row's queries end
     key_ends: Tensor  # (B + 1,), int32: 0, and where each row's keys end
     most: tuple[int, int]  # queries and keys of the longest rows
+    before: int  # how many positions before its own a query looks at; -1: all
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Layout:
     ragged: Ragged
 
 
-def layout(spans: Spans, width: int, device: torch.device) -> Layout:
+def layout(spans: Spans, width: int, device: torch.device, window: int | None = None) -> Layout:
     """Lay out the rows of a batch.
 
     Args:
@@ -66,6 +67,7 @@ def layout(spans: Spans, width: int, device: torch.device) -> Layout:
             the first row.
         width: T.
         device: where the tensors go.
+        window: how many positions a query looks at, its own among them; None: all there are.
 
     Raises:
         ValueError: naming the row whose span cannot be.
@@ -86,7 +88,8 @@ def layout(spans: Spans, width: int, device: torch.device) -> Layout:
         places[row, :start] = places[row - 1, :start]
         places[row, end:] = places[row, end - 1]
     blocks, order, count = list[Block](), torch.arange(len(tokens)), 0
-    for block, real in [] if bool(own.all()) else _blocks(starts, ends, places):
+    window = None if window is None or window >= width else window
+    for block, real in [] if bool(own.all()) and not window else _blocks(starts, ends, places, window):
         order[block.queries[real]] = count + real.flatten().nonzero().squeeze(1)
         count += real.numel()
         seen_there = None if block.seen is None else block.seen.to(device)
@@ -97,11 +100,13 @@ def layout(spans: Spans, width: int, device: torch.device) -> Layout:
     most = int((ends - starts).max()), int(ends.max())
     keys = places[seen].to(device) if bool(starts.any()) else None
     listed, columns, places = tokens.to(device), (tokens % width).to(device), places.to(device)
-    ragged = Ragged(keys, query_ends, key_ends, most)
+    ragged = Ragged(keys, query_ends, key_ends, most, window - 1 if window else -1)
     return Layout(listed, columns, places, tuple(blocks), order.to(device), ragged)
 
 
-def _blocks(starts: Tensor, ends: Tensor, places: Tensor) -> Iterator[tuple[Block, Tensor]]:
+def _blocks(
+    starts: Tensor, ends: Tensor, places: Tensor, window: int | None
+) -> Iterator[tuple[Block, Tensor]]:
     """Blocks of rows whose prefixes and own tokens are alike in number, and where their queries are real."""
     alike = defaultdict(list)
     for row, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
@@ -109,10 +114,13 @@ def _blocks(starts: Tensor, ends: Tensor, places: Tensor) -> Iterator[tuple[Bloc
     for rows in alike.values():
         start, end = starts[rows, None], ends[rows, None]
         query, key = torch.arange(int((end - start).max())), torch.arange(int(end.max()))
-        real = query < end - start
-        queries = places[rows].gather(1, (start + query).where(real, end - 1))
-        seen = key <= (start + query)[:, None, :, None]
-        yield Block(queries, places[rows][:, : len(key)], seen if bool(start.any()) else None), real
+        real, column = query < end - start, (start + query).minimum(end - 1)
+        queries = places[rows].gather(1, column)
+        seen = key <= (column := column[:, None, :, None])
+        if window:
+            seen &= key > column - window
+        block = Block(queries, places[rows][:, : len(key)], seen if window or bool(start.any()) else None)
+        yield block, real
 
 
 def _size(count: int) -> int:
@@ -178,6 +186,6 @@ def _varlen(rows: Ragged, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     share = q.shape[1] // k.shape[1]  # torch 2.11's takes as many key/value heads as query heads
     k, v = (x if rows.keys is None else x[rows.keys] for x in (k, v))
     k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, rows.query_ends, rows.key_ends, *rows.most, window_size=(-1, 0))
+    out = varlen_attn(q, k, v, rows.query_ends, rows.key_ends, *rows.most, window_size=(rows.before, 0))
     assert isinstance(out, Tensor)  # nothing beside it was asked for
     return out

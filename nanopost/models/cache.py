@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanopost.models.attention import Attend, Layout, attend
-from nanopost.models.llama import LlamaConfig
+from nanopost.models.config import LlamaConfig
 
 
 class KVCache:
@@ -29,6 +29,7 @@ class KVCache:
         layers, heads, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         self.prompt_k, self.prompt_v = like.new_zeros(2, layers, 0, heads, 0, width)
         self.k, self.v = like.new_zeros(2, layers, 0, heads, length, width)
+        self.window = config.sliding_window
         self.sizes, self.group = torch.zeros(2, 0, dtype=torch.long, device=like.device)
         self._seat()
 
@@ -97,6 +98,10 @@ class KVCache:
         """
         prompt = torch.arange(self.prompt_k.shape[3], device=said.device) < self.sizes[self.group, None]
         own = torch.arange(columns, device=said.device) <= said[:, None]
+        if self.window is not None:
+            place = self.sizes[self.group] + said
+            prompt &= torch.arange(prompt.shape[1], device=said.device) > place[:, None] - self.window
+            own &= torch.arange(columns, device=said.device) > said[:, None] - self.window
         hidden = ~torch.cat([prompt, own], dim=1)[:, None, None]
         sizes, (_, n, heads, length, _) = [prompt.shape[1], columns], self.k.shape
         column = (

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from nanopost.models.attention import Spans
-from nanopost.models.llama import Decoder, Llama, LlamaConfig
+from nanopost.models.config import LlamaConfig
+from nanopost.models.llama import Decoder, Llama
 from nanopost.models.weights import (
     fill,
     load_config,
@@ -149,7 +150,7 @@ def save_score_model(
         folder,
         dtype=tensors[HEAD].dtype,
         stop_ids=stop_ids,
-        architectures=["LlamaForSequenceClassification"],
+        kind="ForSequenceClassification",
         id2label=dict(enumerate(labels)),
         label2id={name: i for i, name in enumerate(labels)},
         pad_token_id=next(i for i in range(config.vocab_size) if i not in stop_ids),

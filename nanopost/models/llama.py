@@ -1,4 +1,4 @@
-"""The Llama decoder on one page: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+"""The Llama decoder on one page: RMSNorm, RoPE, grouped-query attention, SwiGLU; Mistral, Qwen2, Qwen3 too.
 
 Module names are the tensor names of the hub's files, so `load_state_dict` is the whole converter. Inside, a
 batch is one list of tokens without padding; only attention knows which of them make a row (`attention.py`),
@@ -13,7 +13,6 @@ References: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Ainslie et al. 2
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,46 +24,21 @@ from nanopost.kernels.linear_logps import linear_logps
 from nanopost.kernels.pointwise import rms_norm, rope, swiglu
 from nanopost.losses.likelihood import token_logps
 from nanopost.models.attention import Attend, Spans, attend, layout
+from nanopost.models.config import LlamaConfig
+from nanopost.models.rope import Pair, rope_table
 
-Pair = tuple[Tensor, Tensor]  # cosines and sines, (N, E/2) each
 Look = Callable[[Tensor, Tensor, Tensor], Tensor]  # attention of one layer: q, k, v to the heads' output
 
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The numbers of a decoder, under the names of the hub's `config.json`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        heads, few = self.num_attention_heads, self.num_key_value_heads
-        if heads % few:
-            raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={few}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
-
-
 class Linear(nn.Linear):
-    """x Wᵀ, without a bias."""
+    """x Wᵀ, or x Wᵀ + b."""
 
-    def __init__(self, width: int, out: int):
-        super().__init__(width, out, bias=False)
+    def __init__(self, width: int, out: int, bias: bool = False):
+        super().__init__(width, out, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -79,18 +53,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rope_table(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> Pair:
-    """cos, sin of p · θ^(−2i/E) at `positions` (N,): each (N, E/2).
-
-    The angles are made in float64, so that position 100,000 is as exact as position 1.
-    """
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device)
-    angles = positions[:, None] * config.rope_theta ** (-steps / config.head_dim)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
 class Attention(nn.Module):
-    """softmax(q kᵀ / √E) v over what a token may look at, where H / K query heads share a key/value head."""
+    """softmax(q kᵀ / √E) v over what a token may look at, where H / K query heads share a key/value head.
+
+    Qwen2's projections have biases; Qwen3 norms each head of q and k before it is turned.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -98,16 +65,19 @@ class Attention(nn.Module):
         width, kv_width = (
             n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
         )
-        self.q_proj = Linear(config.hidden_size, width)
-        self.k_proj = Linear(config.hidden_size, kv_width)
-        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.q_proj = Linear(config.hidden_size, width, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_width, config.qkv_bias)
         self.o_proj = Linear(width, config.hidden_size)
+        norms = (RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = norms
 
     def forward(self, x: Tensor, angles: Pair, look: Look) -> Tensor:
-        q = rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # (N, H, E)
-        k = rope(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *angles)  # (N, K, E)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj(look(q, k, v).flatten(1))
+        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)  # (N, H, E), (N, K, E) twice
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.o_proj(look(rope(q, *angles), rope(k, *angles), v).flatten(1))
 
 
 class MLP(nn.Module):
@@ -151,7 +121,8 @@ class Decoder(nn.Module):
     def forward(self, token_ids: Tensor, positions: Tensor, look: Attend) -> Tensor:
         """`positions` (N,) turn the heads; `look(layer, q, k, v)` is attention: it knows who sees whom."""
         x = self.embed_tokens(token_ids)
-        angles = rope_table(self.config, positions, x.dtype)
+        c = self.config
+        angles = rope_table(positions, c.head_dim, c.rope_theta, c.rope_scaling, x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, angles, partial(look, i))
         return self.norm(x)
@@ -164,7 +135,7 @@ class Decoder(nn.Module):
             spans: which positions each row brings (`attention.py`); None: all of them.
         """
         B, T = input_ids.shape
-        plan = layout(spans or [(0, T)] * B, T, input_ids.device)
+        plan = layout(spans or [(0, T)] * B, T, input_ids.device, self.config.sliding_window)
         tokens = input_ids.flatten()[plan.tokens]
         return self(tokens, plan.positions, partial(attend, plan)), plan.places
 

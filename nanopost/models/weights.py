@@ -10,100 +10,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nanopost.models.llama import Llama, LlamaConfig
+from nanopost.models.config import LlamaConfig, load_config, read_json, write_config
+from nanopost.models.llama import Llama
 
-REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings",
-)  # fmt: skip
 TIED = "lm_head.weight"
 M = TypeVar("M", bound=nn.Module)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file; errors name the file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def load_config(folder: str | Path) -> LlamaConfig:
-    """Read `config.json` of a Llama-family folder.
-
-    Raises:
-        ValueError: another architecture, activation, rope scaling or bias than Llama's plain ones, or a
-            missing key: by name.
-    """
-    path = Path(folder) / "config.json"
-    raw = read_json(path)
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = raw.get("rope_theta", rope.get("rope_theta", 10000.0))
-    must = {
-        "model_type": (raw.get("model_type"), "llama"),
-        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (raw.get("attention_bias", False), False),
-        "mlp_bias": (raw.get("mlp_bias", False), False),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)), 1),
-        "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-    }
-    for name, (value, expected) in must.items():
-        if value != expected:
-            raise ValueError(f"{path}: {name} is {value!r}; nanopost reads {expected!r} only")
-    if "rope_theta" in rope and rope["rope_theta"] != theta:
-        raise ValueError(
-            f"{path}: rope_theta is {theta} at the top and {rope['rope_theta']} in the rope parameters"
-        )
-    if missing := [key for key in REQUIRED if raw.get(key) is None]:
-        raise ValueError(f"{path}: missing {', '.join(missing)}")
-    heads = raw["num_attention_heads"]
-    try:
-        return LlamaConfig(
-            **{key: raw[key] for key in REQUIRED},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def write_config(
-    config: LlamaConfig, folder: str | Path, *, dtype: torch.dtype, stop_ids: tuple[int, ...], **more: Any
-) -> None:
-    """Write `config.json` in both spellings: rope_theta, torch_dtype and rope_parameters, dtype.
-
-    `more` are keys to add or to write otherwise, such as another model's `architectures`.
-    """
-    name = str(dtype).removeprefix("torch.")
-    raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        **vars(config),
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "eos_token_id": list(stop_ids) if len(stop_ids) != 1 else stop_ids[0],
-        "torch_dtype": name,
-        "dtype": name,
-        **more,
-    }
-    (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -182,13 +100,13 @@ def random_model(folder: str | Path, *, seed: int, dtype: torch.dtype = torch.fl
 
     Embeddings N(0, 0.02²); other matrices N(0, 1/fan-in), so that narrow models start as lively as wide
     ones; the projections into the residual stream divided by √(2 · layers) (Radford et al. 2019, §2.3);
-    norms 1.
+    norms 1, biases 0.
     """
     config = load_config(folder)
     model, generator = Llama(config).to(dtype), torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         std = 0.02 if name == "model.embed_tokens.weight" else parameter.shape[1] ** -0.5
         if name.endswith(("o_proj.weight", "down_proj.weight")):

@@ -156,7 +156,8 @@ def prefill(model: Llama, prompts: Sequence[Sequence[int]], cache: KVCache) -> l
         return []
     device, width = model.lm_head.weight.device, max(len(prompt) for prompt in prompts)
     padded = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-    plan = layout([(0, len(prompt)) for prompt in prompts], width, device)
+    spans = [(0, len(prompt)) for prompt in prompts]
+    plan = layout(spans, width, device, model.config.sliding_window)
     last = plan.places[torch.arange(len(prompts)), [len(prompt) - 1 for prompt in prompts]]
     look = cache.prefill(plan)
     return list(model.next_logits(padded.flatten()[plan.tokens], plan.positions, look, last))

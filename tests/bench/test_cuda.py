@@ -14,7 +14,8 @@ from bench import cuda, cuda_measure, cuda_process, cuda_table
 from bench.cuda_measure import Wrong
 from bench.cuda_models import HALF_B, ONE_B
 from bench.cuda_process import Row, run_rows, supervise
-from nanopost.models.llama import Llama, LlamaConfig
+from nanopost.models.config import LlamaConfig
+from nanopost.models.llama import Llama
 
 TINY = LlamaConfig(10, 4, 6, 2, 2, 1, 2, 32, tie_word_embeddings=True)
 CEILINGS = {"gpu": "NVIDIA X", "copy": 4e12, "gemm": 8e14, "gemm_shape": "8 × 8 × 8"}

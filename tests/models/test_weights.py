@@ -1,14 +1,19 @@
 """Hub folders: what is written is read back bit for bit; what cannot be read exactly is refused by name."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanopost.models.weights import load_config, load_model, random_model, save_model
+from nanopost.models.config import load_config
+from nanopost.models.rope import RopeScaling
+from nanopost.models.weights import load_model, random_model, save_model
 from tests.tiny import TINY, tiny_folder, tiny_model
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+QWEN = {"model_type": "qwen2", "sliding_window": 4}
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
@@ -54,13 +59,34 @@ def test_random_weights_are_a_function_of_the_seed(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'; nanopost reads llama, mistral, qwen2, qwen3"),
+        ({"num_experts": 8}, "num_experts is 8"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, "rope type is 'yarn'"),
-        ({"rope_theta": 7.0}, "rope_theta is 7.0 at the top and 500.0"),
+        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, "rope type 'yarn' without a factor"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+            "no part of the rope type 'longrope'",
+        ),
+        ({"rope_parameters": {"type": "dynamic"}}, "'dynamic'"),
+        ({"rope_parameters": YARN | {"mscale": 1.0}}, "mscale is no part of the rope type 'yarn'"),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, "factor must be at least 1, got 0.5"),
+        ({"rope_parameters": YARN | {"beta_slow": 40.0}}, "beta_slow must lie between 0 and beta_fast"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"full_attention": {}, "rope_type": "default"}}, "full_attention is no part"),
+        ({"rope_scaling": YARN | {"factor": 2.0}, "rope_parameters": YARN}, "disagree"),
+        ({"rope_theta": 7.0}, "rope_theta is both 7.0 and 500.0"),
+        ({"torch_dtype": "float16"}, "dtype and torch_dtype disagree: float16 and float64"),
+        ({"model_type": "mistral"}, "missing sliding_window, where readers of mistral assume"),
+        ({"sliding_window": 4}, "sliding_window=4: a llama looks at everything before it"),
+        (QWEN | {"use_sliding_window": True, "max_window_layers": 1}, "sliding_window=4 of some layers only"),
+        (
+            QWEN | {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+            "some layers",
+        ),
         ({"vocab_size": None}, "vocab_size"),
         ({"num_key_value_heads": 4}, "num_attention_heads=6 must be a multiple"),
     ],
@@ -72,12 +98,49 @@ def test_other_families_are_refused_by_name(tmp_path, changes, message):
         load_config(tmp_path)
 
 
-def test_older_and_newer_spellings_of_rope_are_read(tmp_path):
-    path = tiny_folder(tmp_path) / "config.json"
+OLD, NEW = ("rope_theta", "rope_scaling", "torch_dtype"), ("rope_parameters", "dtype")
+
+
+@pytest.mark.parametrize(
+    "scaling", [None, *(RopeScaling(kind, 4.0, 16) for kind in ("linear", "llama3", "yarn"))]
+)
+@pytest.mark.parametrize("gone", [(), OLD, NEW])
+def test_either_spelling_says_all(tmp_path, scaling, gone):
+    """A reader of the other spelling must find θ and the scaling too."""
+    path = tiny_folder(tmp_path, rope_scaling=scaling) / "config.json"
     raw = json.loads(path.read_text())
-    for gone in ("rope_theta", "rope_parameters"):
-        path.write_text(json.dumps({key: value for key, value in raw.items() if key != gone}))
-        assert load_config(tmp_path).rope_theta == TINY.rope_theta
+    path.write_text(json.dumps({key: value for key, value in raw.items() if key not in gone}))
+    found = load_config(tmp_path)
+    assert found.rope_theta == TINY.rope_theta
+    assert found.rope_scaling == (scaling and dataclasses.replace(scaling, **NO_LENGTH[scaling.rope_type]))
+
+
+NO_LENGTH = {"linear": {"original_max_position_embeddings": 0}, "llama3": {}, "yarn": {}}
+
+
+def test_a_length_that_is_not_told_is_that_of_the_config(tmp_path):
+    path = tiny_folder(tmp_path) / "config.json"
+    raw = json.loads(path.read_text()) | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}
+    path.write_text(json.dumps(raw))
+    assert load_config(tmp_path).rope_scaling == RopeScaling("yarn", 2.0, TINY.max_position_embeddings)
+
+
+@pytest.mark.parametrize(
+    ("said", "window"),
+    [
+        ({"use_sliding_window": False, "max_window_layers": 0}, None),
+        ({}, None),
+        ({"use_sliding_window": True, "max_window_layers": 2}, None),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 4),
+        ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 4),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, None),
+    ],
+)
+def test_qwens_window_is_that_of_all_layers_or_none(tmp_path, said, window):
+    path = tiny_folder(tmp_path, model_type="qwen2") / "config.json"
+    raw = {k: v for k, v in json.loads(path.read_text()).items() if "window" not in k}
+    path.write_text(json.dumps(raw | {"sliding_window": 4} | said))
+    assert load_config(tmp_path).sliding_window == window
 
 
 def broken(tmp_path, change):
