@@ -30,7 +30,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the issue's table; `shape` goes to every builder."""
+    """One row of the table; `shape` goes to every builder."""
 
     name: str
     title: str

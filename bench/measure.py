@@ -87,7 +87,7 @@ def differences(
 def verdict(row: Mapping[str, Any]) -> str:
     """What a row of the results comes to: "met", "not met", "noisy", "no bar", or why there is no number.
 
-    The gate is the peer's best setting; where the issue also sets a bar for its default, both must hold.
+    The gate is the peer's best setting; where there is a bar for its default as well, both must hold.
     """
     if "skipped" in row:
         return f"skipped: {row['skipped']}"

@@ -1,5 +1,9 @@
-"""pytest and scripts in forked processes: one server imports the heavy libraries, all start from there."""
+"""pytest and scripts in forked processes: one server imports the heavy libraries, all start from there.
 
+What such a pytest starts is forked from itself: a second server would load once more what it has already.
+"""
+
+import gc
 import multiprocessing
 import os
 import runpy
@@ -10,13 +14,14 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        *("torch", "torch.distributed.fsdp", "numpy", "pytest", "hypothesis", "jinja2", "tokenizers"),
-        *("safetensors", "tyro", "tqdm", "matplotlib.pyplot"),
-    ]
-)
+CONTEXT = multiprocessing.get_context("fork" if multiprocessing.parent_process() else "forkserver")
+if CONTEXT.get_start_method() == "forkserver":
+    CONTEXT.set_forkserver_preload(
+        [
+            *("torch", "torch.distributed.fsdp", "numpy", "pytest", "hypothesis", "jinja2", "tokenizers"),
+            *("safetensors", "tyro", "tqdm", "matplotlib.pyplot"),
+        ]
+    )
 
 
 def run_pytest(
@@ -77,9 +82,11 @@ def _become_python(folder: Path, command: list[str], environment: dict[str, str]
 
 def _enter(folder: Path, environment: dict[str, str], printed: str) -> None:
     """In the child: output, environment, folder and imports as if a new Python had been started there."""
+    gc.freeze()  # the server's libraries are no garbage, and pytest looks through them ten times
     log = os.open(printed, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not those that a pytest captures
     os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, str(folder))

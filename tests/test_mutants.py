@@ -25,7 +25,7 @@ Outcome = tuple[int, str]  # exit status and output
 
 def run_mutant(mutant: Mutant) -> Outcome:
     """pytest on the killer, in a patched copy of the project."""
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", mutant.killer]
+    arguments = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", mutant.killer]
     environment = {"NANOPOST_MUTANT": mutant.name, "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # for speed
     with tempfile.TemporaryDirectory() as folder:
