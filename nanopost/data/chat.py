@@ -7,21 +7,28 @@ supervised, tool results least of all. The context is rendered anew for every tu
 reasoning of earlier ones. Encoding adds no special tokens: the template has written them already.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
+from nanopost.data.chat_files import (
+    CONFIG,
+    TEMPLATE,
+    read_json,
+    read_stop_ids,
+    read_token,
+    token_id,
+    write_json,
+)
+from nanopost.data.markers import encode_marked, mark, unmark
 from nanopost.data.schema import Message, Record, Sample
 from nanopost.data.template import compile_template, read_template, run_template
 
-CONFIG = "tokenizer_config.json"
-FILES = f"""tokenizer.json {CONFIG} chat_template.jinja generation_config.json special_tokens_map.json
+FILES = f"""tokenizer.json {CONFIG} {TEMPLATE} generation_config.json special_tokens_map.json
 added_tokens.json vocab.json merges.txt tokenizer.model""".split()
 
 
@@ -59,12 +66,12 @@ def load_chat(folder: str | Path) -> Chat:
         raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer: {error}") from error
     tokenizer.no_truncation()  # a tokenizer file may carry either, and both change the ids in silence
     tokenizer.no_padding()
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     template = read_template(folder, config)
     if template is not None:
         compile_template(template, str(folder))  # a broken one is refused here, not at the first record
-    bos_token, eos_token = (_read_token(folder, config, key, tokenizer) for key in ("bos_token", "eos_token"))
-    stop_ids = _read_stop_ids(folder, tokenizer, eos_token)
+    bos_token, eos_token = (read_token(folder, config, key, tokenizer) for key in ("bos_token", "eos_token"))
+    stop_ids = read_stop_ids(folder, tokenizer, eos_token)
     version = sha256(f"{template}\0{source}".encode()).hexdigest()[:16]
     return Chat(folder, tokenizer, template, bos_token, eos_token, stop_ids, version)
 
@@ -81,25 +88,34 @@ def write_chat(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = {"bos_token": bos_token, "eos_token": eos_token, "tokenizer_class": "PreTrainedTokenizerFast"}
-    config = {key: value for key, value in names.items() if value is not None}
+    names["chat_template"] = template
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, {key: value for key, value in names.items() if value is not None})
     if template is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
     return load_chat(folder)
 
 
 def copy_chat(source: str | Path, target: str | Path) -> None:
-    """Copy every tokenizer, template and generation file to another model folder, byte for byte."""
+    """Copy every tokenizer, template and generation file to another model folder, byte for byte.
+
+    A template is written in both of its places, a file of its own and a text in tokenizer_config.json: some
+    readers know only one of them.
+    """
     source, target = Path(source), Path(target)
     if not (source / "tokenizer.json").is_file():
         raise ValueError(f"{source} has no tokenizer.json")
+    template = read_template(source, config := read_json(source / CONFIG))
     target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-        elif (target / name).exists():
+        elif (target / name).exists() and (name != TEMPLATE or template is None):
             raise ValueError(f"{target / name} is left from another tokenizer: {source} has no {name}")
+    if template is not None:
+        (target / TEMPLATE).write_text(template, encoding="utf-8")
+        if "chat_template" not in config:
+            write_json(target / CONFIG, config | {"chat_template": template})
 
 
 def render(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -129,8 +145,8 @@ def decode(chat: Chat, ids: Sequence[int]) -> str:
 
 def prompt_ids(chat: Chat, messages: Sequence[Message]) -> list[int]:
     """What the sampler shows the model before it answers."""
-    ids = encode(chat, render(chat, messages, add_generation_prompt=True))
-    if chat.bos_token is not None and ids[:2] == [_id(chat.tokenizer, chat.bos_token)] * 2:
+    ids = _encode_marked(chat, _render_marked(chat, messages, add_generation_prompt=True))
+    if chat.bos_token is not None and ids[:2] == [token_id(chat.tokenizer, chat.bos_token)] * 2:
         raise ValueError(f"the chat template of {chat.folder} starts with {chat.bos_token!r} twice")
     return ids
 
@@ -169,8 +185,8 @@ def record_samples(chat: Chat, record: Record) -> list[Sample]:
 def _turn_sample(chat: Chat, messages: Sequence[Message]) -> Sample:
     """The last message: its context as the sampler shows it, then what the sampler must emit."""
     where, tokenizer = f"messages[{len(messages) - 1}]", chat.tokenizer
-    context = render(chat, messages[:-1], add_generation_prompt=True)
-    text = render(chat, messages, add_generation_prompt=False)
+    context = _render_marked(chat, messages[:-1], add_generation_prompt=True)
+    text = _render_marked(chat, messages, add_generation_prompt=False)
     if not text.startswith(context):
         raise ValueError(f"{where}: the template does not write it behind its own generation prompt")
     stops = [tokenizer.id_to_token(i) or "" for i in chat.stop_ids]
@@ -181,12 +197,12 @@ def _turn_sample(chat: Chat, messages: Sequence[Message]) -> Sample:
     end = start - length
     if text[end:].strip():
         raise ValueError(f"{where}: there is text behind its first stop token: {text[end:][:60]!r}")
-    before, joint = prompt_ids(chat, messages[:-1]), encode(chat, text[:end])
+    before, joint = prompt_ids(chat, messages[:-1]), _encode_marked(chat, text[:end])
     after = joint[len(before) :]
     if joint[: len(before)] != before:
         # A token straddles the boundary; the sampler, behind the context, emits the completion's own tokens.
-        after = encode(chat, text[len(context) : end])
-        if tokenizer.decode(before + after, skip_special_tokens=False) != text[:end]:
+        after = _encode_marked(chat, text[len(context) : end])
+        if tokenizer.decode(before + after, skip_special_tokens=False) != unmark(text[:end]):
             raise ValueError(f"{where}: the tokens of context and completion do not decode to their text")
     unknown = getattr(tokenizer.model, "unk_token", None)
     if unknown is not None and tokenizer.token_to_id(unknown) in after:
@@ -196,52 +212,21 @@ def _turn_sample(chat: Chat, messages: Sequence[Message]) -> Sample:
     return Sample(tuple(before + after), (False,) * len(before) + (True,) * len(after))
 
 
+def _render_marked(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """`render`, with a mark in every control token that a message quotes (`markers.py`)."""
+    return render(chat, mark(chat.tokenizer, messages), add_generation_prompt=add_generation_prompt)
+
+
+def _encode_marked(chat: Chat, text: str) -> list[int]:
+    return encode_marked(chat.tokenizer, chat.folder, text)
+
+
 def _text_sample(chat: Chat, text: str) -> Sample:
     if chat.eos_token is None:
         raise ValueError(f"{chat.folder} names no eos_token to end a text with")
-    bos = [] if chat.bos_token is None else [_id(chat.tokenizer, chat.bos_token)]
-    ids, eos = encode(chat, text), _id(chat.tokenizer, chat.eos_token)
+    bos = [] if chat.bos_token is None else [token_id(chat.tokenizer, chat.bos_token)]
+    ids, eos = encode(chat, text), token_id(chat.tokenizer, chat.eos_token)
     if ids[-1:] == [eos] or (bos and ids[:1] == bos):
         raise ValueError("the text carries its own BOS or EOS, and the frame would double it")
     # Nothing predicts the first token of a sequence: without a BOS it is the text's own.
     return Sample((*bos, *ids, eos), (False,) + (True,) * (len(bos) + len(ids)))
-
-
-def _read_token(folder: Path, config: dict[str, Any], key: str, tokenizer: Tokenizer) -> str | None:
-    token = config.get(key)
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and (not isinstance(token, str) or tokenizer.token_to_id(token) is None):
-        raise ValueError(f"{folder / CONFIG}: {key} {token!r} is not a token of tokenizer.json")
-    return token
-
-
-def _read_stop_ids(folder: Path, tokenizer: Tokenizer, eos_token: str | None) -> tuple[int, ...]:
-    for name in ("generation_config.json", "config.json"):
-        found = _read_json(folder / name).get("eos_token_id")
-        if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not ids or any(type(i) is not int or tokenizer.id_to_token(i) is None for i in ids):
-                raise ValueError(f"{folder / name}: eos_token_id {found!r} is not in tokenizer.json")
-            return tuple(dict.fromkeys(ids))
-    if eos_token is None:
-        raise ValueError(f"{folder} names no stop token: no eos_token_id, and no eos_token in {CONFIG}")
-    return (_id(tokenizer, eos_token),)
-
-
-def _id(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer.token_to_id(token)
-    if found is None:
-        raise ValueError(f"{token!r} is not a token of the tokenizer")
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {found!r}")
-    return found

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nanopost.models.rope import SCALINGS, RopeScaling
+from nanopost.models.rope import SCALINGS, RopeScaling, named
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # of class names
 REQUIRED = (
@@ -198,7 +198,7 @@ def write_config(
     numbers = {
         key: value for key, value in vars(config).items() if key not in ("rope_scaling", "sliding_window")
     }
-    scaling = None if config.rope_scaling is None else config.rope_scaling.named()
+    scaling = None if config.rope_scaling is None else named(config.rope_scaling)
     window: dict[str, Any] = {"sliding_window": config.sliding_window}
     if family.startswith("qwen"):
         first = 0 if config.sliding_window else config.num_hidden_layers

@@ -24,8 +24,8 @@ from nanopost.models.weights import (
     fill,
     load_config,
     load_model,
+    read_headers,
     read_json,
-    read_tensors,
     write_config,
     write_tensors,
 )
@@ -102,21 +102,21 @@ def load_score_model(
     Raises:
         ValueError: what `load_model` refuses; a score model with another number of labels.
     """
-    config, tensors = load_config(folder), read_tensors(folder)
-    if HEAD not in tensors:
-        trunk = load_model(folder, dtype=dtype, tensors=tensors).model
+    config, entries = load_config(folder), read_headers(folder)
+    if HEAD not in entries:
+        trunk = load_model(folder, dtype=dtype).model
         with torch.device("meta"):
             model = ScoreModel(config, 1)
         model.model, model.score = trunk, zero_head(config, labels or 1, dtype=dtype)
         return model
-    found = len(tensors[HEAD])
+    found = entries[HEAD].shape[0] if entries[HEAD].shape else 0
     named = len(read_json(Path(folder) / "config.json").get("id2label") or range(found))
     if not found == named == (labels or found):
         wanted = "" if labels is None else f", labels={labels} are asked for"
         raise ValueError(f"{folder}: {HEAD} has {found} rows, config.json names {named} labels{wanted}")
     with torch.device("meta"):
         model = ScoreModel(config, found)
-    return fill(model, tensors, folder, dtype=dtype)
+    return fill(model, folder, dtype=dtype)
 
 
 def save_score_model(
@@ -164,7 +164,7 @@ def load_actor_critic(folder: str | Path, *, dtype: torch.dtype = torch.float32)
     with torch.device("meta"):
         model = ActorCritic(policy.config)
     model.model, model.lm_head = policy.model, policy.lm_head  # a tied head stays tied
-    model.score = zero_head(policy.config, dtype=dtype)
+    model.score, model.words = zero_head(policy.config, dtype=dtype), policy.words
     return model
 
 

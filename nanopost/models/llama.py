@@ -3,8 +3,8 @@
 Module names are the tensor names of the hub's files, so `load_state_dict` is the whole converter. Inside, a
 batch is one list of tokens without padding; only attention knows which of them make a row (`attention.py`),
 and only the head's kernels know that logits exist. Letters: B rows, T positions, N tokens of the list, M
-supervised ones, V vocabulary, D width, H query heads, K key/value heads, E head width; H / K query heads
-share one key/value head.
+supervised ones, V vocabulary, W words of it that the tokenizer has, D width, H query heads, K key/value
+heads, E head width; H / K query heads share one key/value head.
 
 References: Touvron et al. 2023 (Llama), Su et al. 2021 (RoPE), Ainslie et al. 2023 (grouped queries), Shazeer
 2020 (SwiGLU), Zhang and Sennrich 2019 (RMSNorm).
@@ -148,25 +148,32 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.words = config.vocab_size  # W ≤ V tokens that the tokenizer has; the rows behind are padding
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def head(self) -> Tensor:
+        """The head's rows that are tokens, (W, D): padding is no outcome, of the sampler or of a loss."""
+        weight = self.lm_head.weight
+        return weight if self.words == len(weight) else weight[: self.words]
+
     def forward(self, input_ids: Tensor, mask: Tensor | None = None, spans: Spans | None = None) -> Tensor:
-        """Logits (B, T, V), or (M, V) at the places of `mask` (B, T) alone.
+        """Logits (B, T, W), or (M, W) at the places of `mask` (B, T) alone.
 
         `spans` say which positions each row brings, as for `Decoder.rows`; what lies behind a row's end is
         no logit of anything.
         """
         hidden, places = self.model.rows(input_ids, spans)
-        return self.lm_head(hidden[places if mask is None else places[mask]])
+        return linear(hidden[places if mask is None else places[mask]], self.head)
 
     def next_logits(self, token_ids: Tensor, positions: Tensor, look: Attend, last: Tensor | None) -> Tensor:
-        """Logits after each token of a list, (N, V), or after those at the places `last`.
+        """Logits after each token of a list, (N, W), or after those at the places `last`.
 
         `look` is the sampler's cache: it keeps keys and values and knows what each token may see.
         """
         hidden = self.model(token_ids, positions, look)
-        return self.lm_head(hidden if last is None else hidden[last])
+        return linear(hidden if last is None else hidden[last], self.head)
 
     def logps(
         self,
@@ -201,14 +208,14 @@ class Llama(nn.Module):
         hidden, targets = hidden[places[mask]], target_ids[mask]
         if alike and (temperature, top_k, top_p) != (1.0, 0, 1.0):
             raise ValueError(f"alike needs temperature 1, no truncation, got {temperature}, {top_k}, {top_p}")
-        weight = self.lm_head.weight
+        weight = self.head
         if torch.is_autocast_enabled(weight.device.type):
             half = torch.get_autocast_dtype(weight.device.type)
             hidden, weight = hidden.to(half), weight.to(half)
         if alike:
             logps = -linear_cross_entropy(hidden, weight, targets)
         elif top_k or top_p < 1.0:
-            logits = self.lm_head(hidden)
+            logits = linear(hidden, weight)
             logps = token_logps(logits, targets, temperature=temperature, top_k=top_k, top_p=top_p)
         else:
             logps = linear_logps(hidden, weight, targets, temperature)[0]

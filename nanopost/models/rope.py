@@ -58,32 +58,37 @@ class RopeScaling:
             if not 0 < (a := getattr(self, low)) < (b := getattr(self, high)):
                 raise ValueError(f"{low} must lie between 0 and {high}, got {a} and {b}")
 
-    def named(self) -> dict[str, str | float]:
-        """What the hub's files say of it."""
-        found = {name: getattr(self, name) for name in sorted(SCALINGS[self.rope_type])}
-        return {"rope_type": self.rope_type} | {k: v for k, v in found.items() if v is not None}
 
-    def kept(self, frequencies: Tensor, theta: float) -> Tensor:
-        """g (E/2,): 1 leaves a pair as it is, 0 turns it s times slower."""
-        size, length = 2 * len(frequencies), self.original_max_position_embeddings
-        if self.rope_type == "linear":
-            return torch.zeros_like(frequencies)
-        if self.rope_type == "llama3":
-            low, turns = self.low_freq_factor, length * frequencies / (2 * math.pi)
-            return ((turns - low) / (self.high_freq_factor - low)).clamp(0, 1)
-        first, last = (
-            size * math.log(length / (2 * math.pi * beta)) / (2 * math.log(theta))
-            for beta in (self.beta_fast, self.beta_slow)
-        )
-        first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
-        pair = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
-        return 1 - ((pair - first) / (max(last - first, 0) or 0.001)).clamp(0, 1)
+def named(scaling: RopeScaling) -> dict[str, str | float]:
+    """What the hub's files say of a scaling."""
+    found = {name: getattr(scaling, name) for name in sorted(SCALINGS[scaling.rope_type])}
+    return {"rope_type": scaling.rope_type} | {k: v for k, v in found.items() if v is not None}
 
-    def gain(self) -> float:
-        """What cosines and sines are multiplied by."""
-        if self.rope_type != "yarn":
-            return 1.0
-        return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+
+def kept(scaling: RopeScaling, frequencies: Tensor, theta: float) -> Tensor:
+    """g (E/2,): 1 leaves a pair as it is, 0 turns it s times slower."""
+    size, length = 2 * len(frequencies), scaling.original_max_position_embeddings
+    if scaling.rope_type == "linear":
+        return torch.zeros_like(frequencies)
+    if scaling.rope_type == "llama3":
+        low, turns = scaling.low_freq_factor, length * frequencies / (2 * math.pi)
+        return ((turns - low) / (scaling.high_freq_factor - low)).clamp(0, 1)
+    first, last = (
+        size * math.log(length / (2 * math.pi * beta)) / (2 * math.log(theta))
+        for beta in (scaling.beta_fast, scaling.beta_slow)
+    )
+    first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
+    pair = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
+    return 1 - ((pair - first) / (max(last - first, 0) or 0.001)).clamp(0, 1)
+
+
+def gain(scaling: RopeScaling) -> float:
+    """What cosines and sines are multiplied by."""
+    if scaling.rope_type != "yarn":
+        return 1.0
+    return (
+        0.1 * math.log(scaling.factor) + 1 if scaling.attention_factor is None else scaling.attention_factor
+    )
 
 
 def rope_table(
@@ -94,9 +99,9 @@ def rope_table(
     The angles are made in float64, so that position 100,000 is as exact as position 1.
     """
     steps = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
-    frequencies, gain = theta ** (-steps / width), 1.0
+    frequencies, by = theta ** (-steps / width), 1.0
     if scaling is not None:
-        kept, gain = scaling.kept(frequencies, theta), scaling.gain()
-        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+        left, by = kept(scaling, frequencies, theta), gain(scaling)
+        frequencies = frequencies * (left + (1 - left) / scaling.factor)
     angles = positions[:, None] * frequencies
-    return (angles.cos() * gain).to(dtype), (angles.sin() * gain).to(dtype)
+    return (angles.cos() * by).to(dtype), (angles.sin() * by).to(dtype)

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanopost.models.config import LlamaConfig, load_config, read_json, write_config
+from nanopost.models.header import Entry, check_entries, read_header
 from nanopost.models.llama import Llama
 
-TIED = "lm_head.weight"
+TIED, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -40,58 +41,89 @@ def shard_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors files; an unreadable file or a name twice is refused."""
+def read_headers(folder: str | Path) -> dict[str, Entry]:
+    """What the headers of a folder's files say, no number read.
+
+    Raises:
+        ValueError: what `read_header` refuses; a tensor in two files, or not where the index has it.
+    """
+    folder, entries = Path(folder), dict[str, Entry]()
+    files, index = shard_files(folder), folder / "model.safetensors.index.json"
+    places = {} if files == [folder / "model.safetensors"] else read_json(index)["weight_map"]
+    for path in files:
+        found = read_header(path)
+        if twice := sorted(set(found) & set(entries)):
+            raise ValueError(f"{path}: {twice[0]} stands in another shard too")
+        if places and (strange := sorted(name for name in found if places.get(name) != path.name)):
+            raise ValueError(f"{path}: {strange[0]} is not where {index.name} has it")
+        entries |= found
+    if places and (gone := sorted(set(places) - set(entries))):
+        raise ValueError(f"{index}: {gone[0]} is in no shard")
+    return entries
+
+
+def fill(model: M, folder: str | Path, *, dtype: torch.dtype, tied: bool = False) -> M:
+    """Give a model on the meta device exactly the tensors of a folder, cast to `dtype`.
+
+    The headers are checked before a number is read.
+
+    Raises:
+        ValueError: naming the file or folder, and the tensor that is missing, unknown or of another shape;
+            `tied`, and a head of its own in the file that differs from the embedding.
+    """
+    entries, wanted = read_headers(folder), {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    if tied and TIED not in entries:
+        del wanted[TIED]
+    check_entries(entries, wanted, folder)
     tensors: dict[str, Tensor] = {}
     for path in shard_files(Path(folder)):
         try:
-            shard = load_file(path)
+            tensors |= {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: {error}") from error
-        if twice := sorted(set(shard) & set(tensors)):
-            raise ValueError(f"{path}: {twice[0]} stands in another shard too")
-        tensors |= shard
-    return tensors
-
-
-def fill(model: M, tensors: dict[str, Tensor], folder: str | Path, *, dtype: torch.dtype) -> M:
-    """Give a model on the meta device exactly the tensors it names, cast to `dtype`.
-
-    Raises:
-        ValueError: naming the folder and a tensor that is missing, unknown or of another shape.
-    """
-    wanted = model.state_dict()
-    if missing := sorted(set(wanted) - set(tensors)):
-        raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} in all)")
-    if unknown := sorted(set(tensors) - set(wanted)):
-        raise ValueError(f"{folder}: unknown tensor {unknown[0]} ({len(unknown)} in all)")
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            shapes = f"{tuple(tensor.shape)}, config.json says {tuple(wanted[name].shape)}"
-            raise ValueError(f"{folder}: {name} has shape {shapes}")
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    if tied and not torch.equal(tensors.setdefault(TIED, tensors[EMBEDDING]), tensors[EMBEDDING]):
+        raise ValueError(
+            f"{folder}: config.json ties the head to the embedding, but {TIED} differs from it: "
+            "delete the tensor to keep the embedding, or set tie_word_embeddings to false to keep both"
+        )
+    model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True)
 
 
-def load_model(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, tensors: dict[str, Tensor] | None = None
-) -> Llama:
-    """Read a Llama-family folder into a `Llama`, cast to `dtype`; `tensors`: what `read_tensors` gave.
+def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Llama:
+    """Read a folder of one of the families into a `Llama`, cast to `dtype`.
 
     Raises:
-        ValueError: an unreadable file, a tensor twice, missing, unknown or of another shape than the config
-            says; tied embeddings with a head of its own in the file that differs.
+        ValueError: what `load_config`, `read_headers`, `fill` and `words` refuse.
     """
-    config, tensors = load_config(folder), read_tensors(folder) if tensors is None else tensors
-    embedding = tensors.get("model.embed_tokens.weight") if config.tie_word_embeddings else None
-    if embedding is not None and not torch.equal(tensors.setdefault(TIED, embedding), embedding):
-        raise ValueError(f"{folder}: config.json ties the head to the embedding, but {TIED} differs from it")
+    config = load_config(folder)
     with torch.device("meta"):
         model = Llama(config)
-    model = fill(model, tensors, folder, dtype=dtype)
+    model = fill(model, folder, dtype=dtype, tied=config.tie_word_embeddings)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    model.words = words(folder, config)
     return model
+
+
+def words(folder: str | Path, config: LlamaConfig) -> int:
+    """How many of a vocabulary's rows are tokens of the folder's tokenizer; those behind them are padding.
+
+    Raises:
+        ValueError: a tokenizer with more tokens than the embedding has rows.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return config.vocab_size
+    raw = read_json(path)
+    vocabulary = (raw.get("model") or {}).get("vocab") or {}
+    ids = (
+        vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    )  # Unigram's is a list
+    count = 1 + max([*ids, *(token["id"] for token in raw.get("added_tokens") or [])], default=-1)
+    if count > config.vocab_size:
+        raise ValueError(f"{path} has {count} tokens, the embedding {config.vocab_size} rows")
+    return count
 
 
 @torch.no_grad()
@@ -112,6 +144,7 @@ def random_model(folder: str | Path, *, seed: int, dtype: torch.dtype = torch.fl
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * config.num_hidden_layers)
         parameter.normal_(0.0, std, generator=generator)
+    model.words = words(folder, config)
     return model
 
 

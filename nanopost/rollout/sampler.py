@@ -83,7 +83,7 @@ def sample(
 
     half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
     cache = KVCache(model.config, max_new_tokens, weight.new_empty(0, dtype=half))
-    rows, logits = sizes.new_zeros(0), weight.new_zeros(0, model.config.vocab_size)  # of those who speak
+    rows, logits = sizes.new_zeros(0), weight.new_zeros(0, model.words)  # of those who speak
     opened = list[int]()  # the prompts in the cache
     first = dict[int, Tensor]()  # the logits at the ends of prompts that rows may still begin with
     entered = told = deepest = columns = 0

@@ -13,6 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanopost.data.chat import (
+    CONFIG,
+    TEMPLATE,
     Chat,
     copy_chat,
     decode,
@@ -451,13 +453,6 @@ def test_a_template_that_breaks_the_contract_is_named(tmp_path: Path, template: 
     assert message in str(error.value)
 
 
-def test_a_stop_token_inside_an_answer_is_refused(chats: dict[str, Chat]) -> None:
-    with pytest.raises(
-        ValueError, match=r"chats\.jsonl:12: messages\[1\]: there is text behind its first stop"
-    ):
-        record_samples(chats["chatml"], record_of(Message("user", "a"), Message("assistant", "b<|im_end|>c")))
-
-
 def test_records_without_a_turn_are_refused(chats: dict[str, Chat]) -> None:
     with pytest.raises(ValueError, match=r"chats\.jsonl:12: the record has no assistant turn"):
         record_samples(chats["chatml"], record_of(Message("user", "a")))
@@ -525,6 +520,7 @@ def test_agreement_with_transformers(tmp_path: Path, kind: str) -> None:
 def test_template_sources_in_order(tmp_path: Path) -> None:
     chat = make_chat(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["chat_template"]
 
     def reload(**extra: object) -> Chat:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **extra}))
@@ -596,6 +592,25 @@ def test_version_follows_template_and_tokenizer(tmp_path: Path) -> None:
     assert len({chat.version for chat in chats}) == 3
     assert all(len(chat.version) == 16 and int(chat.version, 16) >= 0 for chat in chats)
     assert make_chat(tmp_path / "again", "chatml").version == chats[0].version
+
+
+@pytest.mark.parametrize("place", [TEMPLATE, CONFIG])
+def test_a_template_is_copied_to_both_of_its_places(tmp_path: Path, place: str) -> None:
+    """From either; twice, as a run that is exported again does; and transformers reads what is there."""
+    chat = make_chat(tmp_path / "a")
+    if place == TEMPLATE:
+        config = json.loads((tmp_path / "a" / CONFIG).read_text())
+        (tmp_path / "a" / CONFIG).write_text(
+            json.dumps({k: v for k, v in config.items() if k != "chat_template"})
+        )
+    else:
+        (tmp_path / "a" / TEMPLATE).unlink()
+    for _ in range(2):
+        copy_chat(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / TEMPLATE).read_text() == chat.template
+    assert json.loads((tmp_path / "b" / CONFIG).read_text())["chat_template"] == chat.template
+    assert (tmp_path / "b/tokenizer.json").read_bytes() == (tmp_path / "a/tokenizer.json").read_bytes()
+    assert load_chat(tmp_path / "b").version == chat.version
 
 
 def test_copy_is_byte_for_byte(tmp_path: Path) -> None:

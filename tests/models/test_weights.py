@@ -7,9 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanopost.models.config import load_config
+from nanopost.models import weights
+from nanopost.models.attention import attend, layout
+from nanopost.models.config import load_config, write_config
 from nanopost.models.rope import RopeScaling
 from nanopost.models.weights import load_model, random_model, save_model
+from nanopost.rollout.sampler import row_uniforms, sample
+from tests.chat_fixtures import make_chat
 from tests.tiny import TINY, tiny_folder, tiny_model
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -174,6 +178,75 @@ def test_a_head_that_contradicts_tied_embeddings_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="ties the head to the embedding"):
         load_model(tmp_path)
+
+
+def test_what_is_refused_is_refused_before_a_number_is_read(tmp_path, monkeypatch):
+    folder = broken(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}))
+    monkeypatch.setattr(weights, "load_file", None)
+    with pytest.raises(ValueError, match=r"model.norm.weight has shape \(3,\), config.json says \(20,\)"):
+        load_model(folder)
+
+
+def shards(folder):
+    """A folder of several files, their index, and where it has the last tensor."""
+    model = tiny_model(folder)
+    save_model(model.config, model.state_dict(), folder, stop_ids=(1,), max_shard_bytes=6000)
+    index = folder / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    return index, raw, max(raw["weight_map"])
+
+
+def test_an_index_and_its_shards_must_agree(tmp_path):
+    index, raw, last = shards(tmp_path)
+    for change, message in (
+        ({last: min(raw["weight_map"].values())}, "is not where model.safetensors.index.json has it"),
+        ({"model.more": raw["weight_map"][last]}, "model.more is in no shard"),
+    ):
+        index.write_text(json.dumps(raw | {"weight_map": raw["weight_map"] | change}))
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
+    index.write_text(json.dumps(raw))
+    first, second = (tmp_path / name for name in sorted(set(raw["weight_map"].values()))[:2])
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match="stands in another shard too"):
+        load_model(tmp_path)
+
+
+def test_padding_of_the_vocabulary_is_no_token(tmp_path):
+    """Rows behind the tokenizer's last token are not sampled, not scored, and get no gradient."""
+    chat = make_chat(tmp_path)
+    count = chat.tokenizer.get_vocab_size()
+    model = tiny_model(tmp_path, vocab_size=count + 7)
+    assert model.words == count
+    with torch.no_grad():
+        model.lm_head.weight[count:] = 10 * model.lm_head.weight[:7]  # loud ones
+    save_model(model.config, model.state_dict(), tmp_path, stop_ids=chat.stop_ids)
+    model = load_model(tmp_path, dtype=torch.float64)
+    assert model.words == count and model(IDS).shape[-1] == count
+    uniforms = row_uniforms(seed=0, step=0, prompts=[0], group_size=50, count=8)
+    drawn = sample(model, [[3, 4]], group_size=50, max_new_tokens=8, stop_ids=(1,), uniforms=uniforms)
+    assert max(token for row in drawn for token in row.completion_ids) < count
+    targets = IDS.roll(-1, 1)
+    expected = torch.log_softmax(
+        model.model(IDS[0], torch.arange(8), causal) @ model.lm_head.weight[:count].T, -1
+    )
+    logps = model.logps(IDS, targets)
+    torch.testing.assert_close(
+        logps[0], expected.gather(1, targets[0][:, None])[:, 0], rtol=1e-10, atol=1e-10
+    )
+    logps.sum().backward()
+    assert model.lm_head.weight.grad[:count].abs().max() > 0 == model.lm_head.weight.grad[count:].abs().max()
+    write_config(
+        dataclasses.replace(model.config, vocab_size=count - 1), tmp_path, dtype=torch.float64, stop_ids=(1,)
+    )
+    with pytest.raises(
+        ValueError, match=f"tokenizer.json has {count} tokens, the embedding {count - 1} rows"
+    ):
+        random_model(tmp_path, seed=0)
+
+
+def causal(layer, q, k, v):
+    return attend(layout([(0, len(q))], len(q), q.device), layer, q, k, v)
 
 
 def test_unreadable_files_are_named(tmp_path):

@@ -118,7 +118,7 @@ MUTANTS = [
         name="first_stop_id_only",
         source="verl#213",
         story="Of several stop ids only the first is kept: turns that end in another run on.",
-        file=CHAT,
+        file="nanopost/data/chat_files.py",
         before="ids = found if isinstance(found, list) else [found]",
         after="ids = found[:1] if isinstance(found, list) else [found]",
         killer=f"{TEST_CHAT}::test_each_stop_token_ends_a_turn",

@@ -40,7 +40,7 @@ MUTANTS = [
         source="our own",
         story="Positions are stretched, cos and sin are not: attention is flatter than the model knows.",
         file=ROPE,
-        before='if self.rope_type != "yarn":',
+        before='if scaling.rope_type != "yarn":',
         after="if True:",
         killer=f"{GOLDEN}[llama, yarn]",
     ),
@@ -50,7 +50,7 @@ MUTANTS = [
         story="c takes s · L for L: the wrong pairs are slowed down.",
         file=ROPE,
         before="math.log(length / (2 * math.pi * beta))",
-        after="math.log(self.factor * length / (2 * math.pi * beta))",
+        after="math.log(scaling.factor * length / (2 * math.pi * beta))",
         killer=f"{GOLDEN}[llama, yarn]",
     ),
     Mutant(
@@ -58,8 +58,8 @@ MUTANTS = [
         source="our own",
         story="g is taken for its opposite: near words are smeared, far ones are as they were.",
         file=ROPE,
-        before="(turns - low) / (self.high_freq_factor - low)",
-        after="1 - (turns - low) / (self.high_freq_factor - low)",
+        before="(turns - low) / (scaling.high_freq_factor - low)",
+        after="1 - (turns - low) / (scaling.high_freq_factor - low)",
         killer=f"{GOLDEN}[llama, llama3]",
     ),
     Mutant(

@@ -216,13 +216,4 @@ MUTANTS = [
         after="weight_decay=0.0",
         killer=f"{TEST_SCRIPT}::test_gradients_clipped_to_nothing_leave_the_decay_of_matrices",
     ),
-    Mutant(
-        name="a-language-models-file-read-twice",
-        source="our own",
-        story="The weights are read to look for a head, and again to load them: two copies at once.",
-        file=HEADS,
-        before="load_model(folder, dtype=dtype, tensors=tensors)",
-        after="load_model(folder, dtype=dtype)",
-        killer=f"{TEST_HEADS}::test_a_language_models_file_is_read_once",
-    ),
 ]

@@ -177,8 +177,8 @@ MUTANTS = [
         source="alignment-handbook#204",
         story="The mask of a block forgets to be causal.",
         file=ATTENTION,
-        before="seen = key <= (start + query)[:, None, :, None]",
-        after="seen = key < end[:, None, :, None]",
+        before="seen = key <= (column := column[:, None, :, None])",
+        after="seen = key < end[:, None, :, None] + 0 * (column := column[:, None, :, None])",
         killer=ALONE,
     ),
     Mutant(
@@ -186,8 +186,8 @@ MUTANTS = [
         source="our own",
         story="The mask counts a row's own tokens only: what a group shares is seen in part.",
         file=ATTENTION,
-        before="seen = key <= (start + query)[:, None, :, None]",
-        after="seen = key <= (0 * start + query)[:, None, :, None]",
+        before="seen = key <= (column := column[:, None, :, None])",
+        after="seen = key <= query[:, None] + 0 * (column := column[:, None, :, None])",
         killer=ALONE,
     ),
     Mutant(
@@ -204,8 +204,8 @@ MUTANTS = [
         source="trl#1230",
         story="A row's keys are those of the row beside it in the block: samples attend to each other.",
         file=ATTENTION,
-        before="yield Block(queries, places[rows][:, : len(key)],",
-        after="yield Block(queries, places[rows].roll(1, 0)[:, : len(key)],",
+        before="Block(queries, places[rows][:, : len(key)],",
+        after="Block(queries, places[rows].roll(1, 0)[:, : len(key)],",
         killer=ALONE,
     ),
     Mutant(

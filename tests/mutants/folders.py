@@ -1,0 +1,110 @@
+"""Ways to read a folder as what it is not, and a message as what it does not say."""
+
+from tests.mutants.mutant import Mutant
+
+HEADER, WEIGHTS, LLAMA = "nanopost/models/header.py", "nanopost/models/weights.py", "nanopost/models/llama.py"
+MARKERS, CHAT = "nanopost/data/markers.py", "nanopost/data/chat.py"
+TEST_HEADER, TEST_WEIGHTS = "tests/models/test_header.py", "tests/models/test_weights.py"
+TEST_MARKERS, TEST_CHAT = "tests/data/test_markers.py", "tests/data/test_chat.py"
+
+MUTANTS = [
+    Mutant(
+        name="tensors-may-overlap",
+        source="our own",
+        story="Two names over the same bytes: one weight is another's, and the file looks whole.",
+        file=HEADER,
+        before="if entry.begin != reached:",
+        after="if entry.begin > reached:",
+        killer=f"{TEST_HEADER}::test_a_forged_header_is_refused_by_name",
+    ),
+    Mutant(
+        name="name-twice-in-a-header",
+        source="our own",
+        story="JSON takes the last of two entries of a name; another reader may take the first.",
+        file=HEADER,
+        before="if len(found) < len(pairs):",
+        after="if False:",
+        killer=f"{TEST_HEADER}::test_a_forged_header_is_refused_by_name",
+    ),
+    Mutant(
+        name="size-not-held-against-the-shape",
+        source="our own",
+        story="A tensor of another size than its shape's is given to the library, which reads what it likes.",
+        file=HEADER,
+        before="offsets[1] - offsets[0] != needed",
+        after="offsets[1] < offsets[0]",
+        killer=f"{TEST_HEADER}::test_a_forged_header_is_refused_by_name",
+    ),
+    Mutant(
+        name="index-not-held-against-the-shards",
+        source="our own",
+        story="Shards of two models in one folder: whichever file has a name gives the weight.",
+        file=WEIGHTS,
+        before="places.get(name) != path.name",
+        after="name not in places",
+        killer=f"{TEST_WEIGHTS}::test_an_index_and_its_shards_must_agree",
+    ),
+    Mutant(
+        name="tied-in-the-config-and-not-in-the-file",
+        source="transformers#30202",
+        story="The file's own head is dropped for the embedding, and the model is another one.",
+        file=WEIGHTS,
+        before="tensors.setdefault(TIED, tensors[EMBEDDING]), tensors[EMBEDDING])",
+        after="tensors.setdefault(TIED, tensors[EMBEDDING]), tensors[TIED])",
+        killer=f"{TEST_WEIGHTS}::test_a_head_that_contradicts_tied_embeddings_is_refused",
+    ),
+    Mutant(
+        name="padding-of-the-vocabulary-is-sampled",
+        source="our own",
+        story="Rows behind the tokenizer's last token are outcomes: the sampler says ids that are no token.",
+        file=LLAMA,
+        before="return weight if self.words == len(weight) else weight[: self.words]",
+        after="return weight",
+        killer=f"{TEST_WEIGHTS}::test_padding_of_the_vocabulary_is_no_token",
+    ),
+    Mutant(
+        name="template-in-one-place",
+        source="our own",
+        story="A reader that knows tokenizer_config.json alone finds no template in what a run leaves.",
+        file=CHAT,
+        before='if "chat_template" not in config:',
+        after="if False:",
+        killer=f"{TEST_CHAT}::test_a_template_is_copied_to_both_of_its_places",
+    ),
+    Mutant(
+        name="content-ends-its-turn",
+        source="our own",
+        story="A user who quotes a stop token ends the turn, and may open one for the assistant.",
+        file=MARKERS,
+        before="told = {name: _broken(value, pattern) for",
+        after="told = {name: value for",
+        killer=f"{TEST_MARKERS}::test_no_content_writes_a_control_token",
+    ),
+    Mutant(
+        name="halves-of-a-token-are-joined",
+        source="our own",
+        story="What one content begins the next one completes, where the template writes them together.",
+        file=MARKERS,
+        before="range(2, len(token))",
+        after="range(2, 2)",
+        killer=f"{TEST_MARKERS}::test_halves_that_a_template_joins_make_no_token",
+    ),
+    Mutant(
+        name="calls-are-not-content",
+        source="our own",
+        story="The arguments of a tool call are trusted, as the template writes them as JSON.",
+        file=MARKERS,
+        before="if isinstance(value, list | tuple):",
+        after="if isinstance(value, list):",
+        killer=f"{TEST_MARKERS}::test_no_content_writes_a_control_token",
+    ),
+    Mutant(
+        name="assistants-cannot-think",
+        source="our own",
+        story="<think> in a demonstration is spelled out, and the model never says the token itself.",
+        file=MARKERS,
+        before='special if message.role == "assistant" else controls',
+        after="controls",
+        killer=f"{TEST_MARKERS}::test_an_assistant_thinks_and_nobody_else_does",
+    ),
+]
