@@ -34,7 +34,7 @@ def mark(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Message]:
     for i, message in enumerate(messages):
         pattern = _breaks(special if message.role == "assistant" else controls)
         told = {name: _broken(value, pattern) for name, value in vars(message).items() if name != "role"}
-        if any(MARK in json.dumps(value, ensure_ascii=False) for value in vars(message).values()):
+        if MARK in json.dumps([*vars(message).values()], ensure_ascii=False):
             raise ValueError(f"messages[{i}] has the character U+{ord(MARK):X}, which no text has")
         found.append(replace(message, **told))
     return found

@@ -2,7 +2,7 @@
 
 Because the module names of `llama.py` are the hub's tensor names, reading is `load_state_dict` and writing
 is `state_dict`; what stands here is the checking: a folder we cannot read exactly is refused by name, never
-read approximately.
+read approximately. `python -m nanopost.models.weights check DIR` says what a folder is (`describe.py`).
 """
 
 from __future__ import annotations
@@ -197,3 +197,9 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, *, max_shard_bytes: 
         "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from nanopost.models.describe import main
+
+    main()

@@ -1,0 +1,177 @@
+"""What a model folder is, in a few lines, and whether others read the same model in it.
+
+python -m nanopost.models.weights check DIR [--values] [--logits]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import sha256
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors import safe_open
+
+from nanopost.models.config import FAMILIES, LlamaConfig, load_config, read_json
+from nanopost.models.header import check_entries
+from nanopost.models.llama import Llama
+from nanopost.models.weights import TIED, load_model, read_headers, save_model, shard_files, words
+
+FIRST = {
+    "llama": "4.28",
+    "mistral": "4.34",
+    "qwen2": "4.37",
+    "qwen3": "4.51",
+}  # of transformers that reads it
+
+
+def describe(folder: str | Path) -> Iterator[str]:
+    """The lines of a checked folder; no number of a weight is read.
+
+    Raises:
+        ValueError: what `load_config`, `read_headers`, `check_entries` and `words` refuse.
+    """
+    folder = Path(folder)
+    c, entries = load_config(folder), read_headers(folder)
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in Llama(c).state_dict().items()}
+    if c.tie_word_embeddings and TIED not in entries:
+        del wanted[TIED]
+    check_entries(entries, wanted, folder)
+    dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in entries.values())
+    files, numbers = shard_files(folder), sum(math.prod(entry.shape) for entry in entries.values())
+    size = sum(path.stat().st_size for path in files)
+    tied = ", head tied to the embedding" if c.tie_word_embeddings else ""
+    told = ", ".join(f"{count} in {dtype}" for dtype, count in dtypes.most_common())
+    yield f"family      {c.model_type}, {FAMILIES[c.model_type]}ForCausalLM"
+    yield f"shape       {shape(c)}"
+    yield f"positions   {positions(c)}"
+    yield f"parameters  {numbers:,}{tied}"
+    yield f"tensors     {told}; {size / 1e6:,.1f} MB in {len(files)} file{'s' * (len(files) > 1)}"
+    yield f"vocabulary  {vocabulary(folder, c)}"
+    yield f"stop ids    {stop_ids(folder)}"
+    yield f"template    {template(folder)}"
+    others = "vLLM and llama.cpp's converter (which list the family)"
+    yield f"read by     transformers from {FIRST[c.model_type]} on, {others}"
+
+
+def shape(c: LlamaConfig) -> str:
+    """Width, layers, heads."""
+    heads = f"{c.num_attention_heads} heads over {c.num_key_value_heads} of {c.head_dim}"
+    return f"width {c.hidden_size}, {c.num_hidden_layers} layers, {heads}, SwiGLU {c.intermediate_size}"
+
+
+def positions(c: LlamaConfig) -> str:
+    """How many, and how they turn the heads."""
+    window = f", a window of {c.sliding_window}" if c.sliding_window else ""
+    scaling, length = c.rope_scaling, c.max_position_embeddings
+    stretched = "" if scaling is None else f", {scaling.rope_type} × {scaling.factor:g}"
+    return f"{length:,}, θ = {c.rope_theta:g}{stretched}{window}"
+
+
+def vocabulary(folder: Path, c: LlamaConfig) -> str:
+    """Tokens and rows."""
+    if not (folder / "tokenizer.json").is_file():
+        return f"{c.vocab_size:,} rows, no tokenizer.json"
+    count = words(folder, c)
+    return f"{count:,} tokens, {c.vocab_size - count:,} rows of padding (never sampled)"
+
+
+def stop_ids(folder: Path) -> str:
+    """The ids that end a turn, and the file that names them."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            return f"{', '.join(map(str, ids))} ({name})"
+    return "none in generation_config.json or config.json"
+
+
+def template(folder: Path) -> str:
+    """SHA-256 of the chat template, and whether it stands in both of its places."""
+    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    texts = {path.name: path.read_text(encoding="utf-8")} if path.is_file() else {}
+    if config.is_file() and isinstance(text := read_json(config).get("chat_template"), str):
+        texts[config.name] = text
+    if len(set(texts.values())) > 1:
+        raise ValueError(f"{folder}: the templates in {' and '.join(texts)} differ")
+    hashes = [sha256(text.encode()).hexdigest()[:16] for text in texts.values()]
+    return f"sha256 {hashes[0]}… in {' and '.join(texts)}" if texts else "none"
+
+
+def check_finite(folder: str | Path) -> int:
+    """How many numbers of a folder's weights are finite: all of them.
+
+    Raises:
+        ValueError: naming the file and the tensor with one that is not.
+    """
+    count = 0
+    for path in shard_files(Path(folder)):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                tensor = file.get_tensor(name)
+                if bad := int((~tensor.isfinite()).sum()):
+                    raise ValueError(f"{path}: {name} has {bad} numbers that are not finite")
+                count += tensor.numel()
+    return count
+
+
+@torch.no_grad()
+def certificate(folder: str | Path, work: Path) -> Iterator[str]:
+    """How far the logits of a folder's model are from those that others read, in float32.
+
+    Args:
+        folder: to be read.
+        work: an empty folder: the model is written there and read again.
+    """
+    model = load_model(folder)
+    ids = torch.arange(3, 35)[None] % model.words
+    ours = model(ids)
+    save_model(model.config, model.state_dict(), work, stop_ids=(0,))
+    again = (load_model(work)(ids) - ours).abs().max()
+    yield f"logits      written and read again: {again:.2g} away"
+    if find_spec("transformers") is None:
+        yield "logits      transformers is not installed"
+        return
+    library, most = import_module("transformers"), ours.abs().max()
+    for what, place in (("it", folder), ("what was written", work)):
+        try:
+            theirs = library.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)(ids).logits
+            told = f"reads {what}: {(theirs[..., : model.words] - ours).abs().max():.2g} away, of {most:.2g}"
+        except Exception as error:  # another project may refuse in any way
+            told = f"refuses {what}: {' '.join(str(error).split())[:200]}"
+        yield f"logits      transformers {library.__version__} {told}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nanopost.models.weights", description=__doc__.split("\n")[0]
+    )
+    check = parser.add_subparsers(required=True).add_parser(
+        "check", help="say what a folder is, or what is wrong with it"
+    )
+    check.add_argument("folder", type=Path, metavar="DIR")
+    check.add_argument(
+        "--values", action="store_true", help="read all weights and refuse one that is not finite"
+    )
+    check.add_argument(
+        "--logits", action="store_true", help="compare with what is written and with transformers"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        for line in describe(given.folder):
+            print(line)
+        if given.values:
+            print(f"values      {check_finite(given.folder):,} numbers, all finite")
+        if given.logits:
+            with TemporaryDirectory() as work:
+                for line in certificate(given.folder, Path(work)):
+                    print(line)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,96 @@
+"""`python -m nanopost.models.weights check DIR`: what a folder is, or what is wrong with it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanopost.models.describe import check_finite, describe, main
+from nanopost.models.rope import RopeScaling
+from nanopost.models.weights import load_model, save_model, write_config
+from tests.tiny import hub_folder, tiny_model
+
+
+def test_a_folder_is_told_in_a_few_lines(tmp_path, capsys):
+    hub_folder(tmp_path)
+    main(["check", str(tmp_path), "--values", "--logits"])
+    lines = capsys.readouterr().out.splitlines()
+    told = dict(line.split(maxsplit=1) for line in lines if not line.startswith("logits"))
+    model = load_model(tmp_path)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert told["family"] == "llama, LlamaForCausalLM"
+    assert told["shape"] == "width 20, 2 layers, 6 heads over 2 of 6, SwiGLU 28"
+    assert told["positions"] == "256, θ = 500"
+    assert told["parameters"] == f"{count:,}, head tied to the embedding"
+    assert told["vocabulary"] == f"{model.words} tokens, 0 rows of padding (never sampled)"
+    assert told["stop"] == f"ids    {model.words - 1} (generation_config.json)"
+    assert told["template"].endswith("in chat_template.jinja and tokenizer_config.json")
+    assert told["values"] == f"{count:,} numbers, all finite"
+    assert "logits      written and read again: 0 away" in lines
+
+
+def test_every_part_of_a_family_is_told(tmp_path):
+    scaling = RopeScaling("yarn", 4.0, 16)
+    changes = {"model_type": "qwen2", "sliding_window": 9, "rope_scaling": scaling, "hidden_size": 36}
+    model = tiny_model(tmp_path, **changes)
+    save_model(model.config, model.state_dict(), tmp_path, stop_ids=(1, 2), max_shard_bytes=9000)
+    told = dict(line.split(maxsplit=1) for line in describe(tmp_path))
+    assert told["family"] == "qwen2, Qwen2ForCausalLM"
+    assert told["positions"] == "64, θ = 500, yarn × 4, a window of 9"
+    assert told["vocabulary"] == "23 rows, no tokenizer.json"
+    files = len(list(tmp_path.glob("*.safetensors")))
+    assert files > 1 and told["tensors"].endswith(f"MB in {files} files")
+    assert told["stop"] == "ids    1, 2 (generation_config.json)" and told["template"] == "none"
+
+
+def test_a_number_that_is_not_finite_is_found_by_its_tensor(tmp_path):
+    hub_folder(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert check_finite(tmp_path) == sum(tensor.numel() for tensor in tensors.values())
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4:6] = torch.tensor([float("nan"), float("inf")])
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.mlp.up_proj.weight has 2 numbers that are not finite"
+    ):
+        check_finite(tmp_path)
+
+
+def test_what_is_wrong_is_one_line(tmp_path):
+    hub_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("another")
+    with pytest.raises(
+        SystemExit, match=r"the templates in chat_template\.jinja and tokenizer_config.json differ"
+    ):
+        main(["check", str(tmp_path)])
+    config = dataclasses.replace(load_model(tmp_path).config, intermediate_size=29)
+    write_config(config, tmp_path, dtype=torch.float32, stop_ids=(1,))
+    with pytest.raises(
+        SystemExit, match=r"mlp.down_proj.weight has shape \(20, 28\), config.json says \(20, 29\)"
+    ):
+        main(["check", str(tmp_path)])
+
+
+def test_the_command_runs(tmp_path):
+    hub_folder(tmp_path)
+    command = [sys.executable, "-m", "nanopost.models.weights", "check"]
+    found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.startswith("family") and not found.stderr
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": "gemma"}))
+    found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert found.returncode == 1 and found.stderr.count("\n") == 1 and "model_type is 'gemma'" in found.stderr
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_transformers_is_asked_where_it_is_installed(tmp_path, capsys, family):
+    pytest.importorskip("transformers", reason="the extra `oracle` is not installed")
+    model = tiny_model(tmp_path, dtype=torch.float32, model_type=family, hidden_size=24)
+    save_model(model.config, model.state_dict(), tmp_path, stop_ids=(1,))
+    main(["check", str(tmp_path), "--logits"])
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [float(line.split(" away")[0].split()[-1]) < 1e-4 for line in lines] == [True] * 3
+    assert "reads it" in lines[1] and "reads what was written" in lines[2]
