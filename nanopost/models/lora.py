@@ -187,7 +187,7 @@ class LoRALinear(nn.Module):
                 raise ValueError("merged: no gradient would reach lora_A and lora_B; unmerge, or call eval()")
             return self.base(hidden)
         return lora_forward(
-            hidden,
+            hidden.to(self.base.weight.dtype),  # under autocast it may come in half precision
             self.base.weight,
             self.lora_A,
             self.lora_B,
