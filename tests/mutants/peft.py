@@ -28,8 +28,8 @@ MUTANTS = [
         source="unsloth#3091",
         story="Merging takes α/r whatever the adapter was trained with.",
         file=PEFT,
-        before="rank_stabilised=stable)",
-        after="rank_stabilised=False)",
+        before="stable = adapter.rank_stabilised",
+        after="stable = False",
         killer=f"{TEST}::test_merged_is_unmerged",
     ),
     Mutant(
