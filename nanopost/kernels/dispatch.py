@@ -28,9 +28,9 @@ def tile(hidden: Tensor) -> tuple[int, int]:
 
 
 def chunk(hidden: Tensor, *, words: int) -> int:
-    """Tokens whose logits over the whole vocabulary are held at a time."""
+    """Tokens whose logits are held at a time, over all words; the head's gradient is added to as often."""
     budget = 2**20 if hidden.device.type == "cpu" else 2**29
-    return max(64, min(budget // words, len(hidden)))
+    return max(256, min(budget // words, len(hidden)))
 
 
 def short_attention(q: Tensor, *, keys: int) -> bool:
