@@ -10,6 +10,7 @@ reasoning of earlier ones. Encoding adds no special tokens: the template has wri
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from nanopost.data.chat_files import (
     token_id,
     write_json,
 )
-from nanopost.data.markers import encode_marked, mark, unmark
+from nanopost.data.markers import encode_marked, render_marked, unmark
 from nanopost.data.schema import Message, Record, Sample
-from nanopost.data.template import compile_template, read_template, run_template
+from nanopost.data.template import compile_template, read_template, run_template, write_template
 
 FILES = f"""tokenizer.json {CONFIG} {TEMPLATE} generation_config.json special_tokens_map.json
 added_tokens.json vocab.json merges.txt tokenizer.model""".split()
@@ -92,7 +93,7 @@ def write_chat(
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     write_json(folder / CONFIG, {key: value for key, value in names.items() if value is not None})
     if template is not None:
-        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+        write_template(folder, template)
     return load_chat(folder)
 
 
@@ -110,11 +111,11 @@ def copy_chat(source: str | Path, target: str | Path) -> None:
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-        elif (target / name).exists() and (name != TEMPLATE or template is None):
+        elif (target / name).exists() and (name not in (CONFIG, TEMPLATE) or template is None):
             raise ValueError(f"{target / name} is left from another tokenizer: {source} has no {name}")
     if template is not None:
-        (target / TEMPLATE).write_text(template, encoding="utf-8")
-        if "chat_template" not in config:
+        write_template(target, template)
+        if not isinstance(config.get("chat_template"), list) and config.get("chat_template") != template:
             write_json(target / CONFIG, config | {"chat_template": template})
 
 
@@ -145,7 +146,7 @@ def decode(chat: Chat, ids: Sequence[int]) -> str:
 
 def prompt_ids(chat: Chat, messages: Sequence[Message]) -> list[int]:
     """What the sampler shows the model before it answers."""
-    ids = _encode_marked(chat, _render_marked(chat, messages, add_generation_prompt=True))
+    ids = encode_marked(chat.tokenizer, _render_marked(chat, messages, add_generation_prompt=True))
     if chat.bos_token is not None and ids[:2] == [token_id(chat.tokenizer, chat.bos_token)] * 2:
         raise ValueError(f"the chat template of {chat.folder} starts with {chat.bos_token!r} twice")
     return ids
@@ -196,17 +197,19 @@ def _turn_sample(chat: Chat, messages: Sequence[Message]) -> Sample:
     start, length = min(ends)  # the first one, and of two that start together the longer
     end = start - length
     if text[end:].strip():
-        raise ValueError(f"{where}: there is text behind its first stop token: {text[end:][:60]!r}")
-    before, joint = prompt_ids(chat, messages[:-1]), _encode_marked(chat, text[:end])
+        raise ValueError(f"{where}: there is text behind its first stop token: {unmark(text[end:])[:60]!r}")
+    before, joint = prompt_ids(chat, messages[:-1]), encode_marked(chat.tokenizer, text[:end])
     after = joint[len(before) :]
     if joint[: len(before)] != before:
         # A token straddles the boundary; the sampler, behind the context, emits the completion's own tokens.
-        after = _encode_marked(chat, text[len(context) : end])
+        after = encode_marked(chat.tokenizer, text[len(context) : end])
         if tokenizer.decode(before + after, skip_special_tokens=False) != unmark(text[:end]):
             raise ValueError(f"{where}: the tokens of context and completion do not decode to their text")
     unknown = getattr(tokenizer.model, "unk_token", None)
     if unknown is not None and tokenizer.token_to_id(unknown) in after:
-        raise ValueError(f"{where}: the tokenizer has no token for a part of {text[len(context) : end]!r}")
+        raise ValueError(
+            f"{where}: the tokenizer has no token for a part of {unmark(text[len(context) : end])!r}"
+        )
     if [i for i in after if i in chat.stop_ids] != after[-1:]:
         raise ValueError(f"{where}: its tokens do not end with their only stop token")
     return Sample(tuple(before + after), (False,) * len(before) + (True,) * len(after))
@@ -214,11 +217,11 @@ def _turn_sample(chat: Chat, messages: Sequence[Message]) -> Sample:
 
 def _render_marked(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
     """`render`, with a mark in every control token that a message quotes (`markers.py`)."""
-    return render(chat, mark(chat.tokenizer, messages), add_generation_prompt=add_generation_prompt)
-
-
-def _encode_marked(chat: Chat, text: str) -> list[int]:
-    return encode_marked(chat.tokenizer, chat.folder, text)
+    ends = {chat.bos_token, chat.eos_token, *map(chat.tokenizer.id_to_token, chat.stop_ids)}
+    added = chat.tokenizer.get_added_tokens_decoder().values()
+    own = {x.content for x in added if x.content in ends or x.content in (chat.template or "")}
+    written = partial(render, chat, add_generation_prompt=add_generation_prompt)
+    return render_marked(chat.tokenizer, messages, written, own=own)
 
 
 def _text_sample(chat: Chat, text: str) -> Sample:

@@ -1,19 +1,19 @@
 """Content can never forge a turn: control tokens are what the template writes, not what a message says.
 
 A message may quote `<|im_end|>`. Encoded along with the template's own, its text would end the turn and could
-open another one in any role. So before rendering every control token in a content is broken by a mark; behind
-the template, what is whole is a control token and everything else, the marks taken out, is text.
+open another one in any role. So before rendering every control token in a content is broken by a mark. Behind
+the template what is whole is a control token, and everything else, the marks taken out, is text.
 
-Control tokens are all that a tokenizer has added to its model. What an assistant says may hold those that are
-not special (`<think>`, `<tool_call>`): the model says them itself.
+What is broken: in all roles the tokenizer's special tokens, but for those that only an assistant says and the
+template never writes; of user and tool also its other added tokens (`<think>`, `<tool_call>`).
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -23,21 +23,47 @@ from nanopost.data.schema import Message
 MARK = "\ufdd0"  # no character: texts do not have it, templates pass it on
 
 
-def mark(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Message]:
-    """The messages with their control tokens broken.
+def render_marked(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    render: Callable[[Sequence[Message]], str],
+    *,
+    own: Collection[str],
+) -> str:
+    """What a template writes, with a mark in every control token that a message quotes.
+
+    Args:
+        render: the template, a function of the messages.
+        own: special tokens that an assistant must not say either: the template's turns are made of them.
 
     Raises:
-        ValueError: naming the message that has the mark in it.
+        ValueError: a message that has the mark in it or a control token of one character, by number; a
+            template that makes a control token out of pieces of what messages say.
     """
-    controls, special = _controls(tokenizer, special=False), _controls(tokenizer, special=True)
-    found = []
+    special = _tokens(tokenizer, special=True)
+    patterns = {
+        "assistant": _whole(tuple(token for token in special if token in own)),
+        "system": _whole(special),
+    }
+    every, marked, split = _whole(_tokens(tokenizer, special=False)), list[Message](), list[Message]()
+    allowed = _whole(tuple(token for token in special if token not in own))  # to an assistant
+    firsts = "|".join(re.escape(letter) for letter in {token[0] for token in special}) or r"(?!)"
     for i, message in enumerate(messages):
-        pattern = _breaks(special if message.role == "assistant" else controls)
-        told = {name: _broken(value, pattern) for name, value in vars(message).items() if name != "role"}
-        if MARK in json.dumps([*vars(message).values()], ensure_ascii=False):
+        said = json.dumps([*vars(message).values()], ensure_ascii=False)
+        if MARK in said:
             raise ValueError(f"messages[{i}] has the character U+{ord(MARK):X}, which no text has")
-        found.append(replace(message, **told))
-    return found
+        if short := [token for token in special if len(token) == 1 and token in said]:
+            raise ValueError(f"messages[{i}] has {short[0]!r}, one character that is a control token")
+        marked.append(_broken(message, patterns.get(message.role, every)))
+        kept = f"(?!{allowed.pattern})" if message.role == "assistant" else ""
+        split.append(_broken(message, re.compile(f"{kept}(?:{firsts})")))
+    text = render(marked)
+    if split != list(messages) and (found := _frame(special, text)) != (
+        bare := _frame(special, render(split))
+    ):
+        made = [*(Counter(found) - Counter(bare)), *(Counter(bare) - Counter(found))]
+        raise ValueError(f"the chat template makes {made[0]!r} out of what messages say")
+    return text
 
 
 def unmark(text: str) -> str:
@@ -45,78 +71,91 @@ def unmark(text: str) -> str:
     return text.replace(MARK, "")
 
 
-def encode_marked(tokenizer: Tokenizer, folder: Path, text: str) -> list[int]:
+def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a rendered text: its whole control tokens, and everything between them as text.
 
-    Args:
-        tokenizer: that of the folder.
-        text: by a template from marked messages; without a mark it is encoded as it stands.
-
     Raises:
-        ValueError: a tokenizer that does not take texts apart like that, or has a control token for one.
+        ValueError: naming a control token that the tokenizer would write for text, and cannot be kept from.
     """
-    if MARK not in text:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-    plain, harmless = _without_added(folder / "tokenizer.json"), text.replace(MARK, "x")
-    if _apart(tokenizer, plain, harmless)[0] != tokenizer.encode(harmless, add_special_tokens=False).ids:
-        raise ValueError(
-            f"{folder}: this tokenizer reads text otherwise beside a control token; it cannot be quoted"
-        )
-    ids, said = _apart(tokenizer, plain, text)
-    if forged := said & {tokenizer.token_to_id(token) for token in _controls(tokenizer, special=False)}:
-        names = [tokenizer.id_to_token(token) for token in sorted(forged)]
-        raise ValueError(f"{folder}: this tokenizer cannot write {names[0]!r} as text")
+    controls = _tokens(tokenizer, special=False)
+    of = {token: _id(tokenizer, token) for token in controls}
+    known = set(of.values())
+    ids, wanted = _encode(tokenizer, unmark(text)), [of[token] for token in _frame(controls, text)]
+    if (found := [token for token in ids if token in known]) == wanted:
+        return ids
+    forged = [tokenizer.id_to_token(token) for token in (Counter(found) - Counter(wanted)) or found]
+    harmless = text.replace(MARK, "x")
+    ids = _apart(tokenizer, controls, text)
+    beside = _apart(tokenizer, controls, harmless) != _encode(tokenizer, harmless)
+    if beside or [token for token in ids if token in known] != wanted:
+        raise ValueError(f"a message has {forged[0]!r}, which this tokenizer cannot write as text")
     return ids
 
 
-def _apart(tokenizer: Tokenizer, plain: Tokenizer, text: str) -> tuple[list[int], set[int]]:
-    """Ids of control tokens and of the texts between them; and of the texts alone."""
-    ids, said = list[int](), set[int]()
-    controls = _controls(tokenizer, special=False)
-    for place, piece in enumerate(re.split(f"({_any(controls)})", text)):
-        if place % 2:
-            ids += tokenizer.encode(piece, add_special_tokens=False).ids
-        else:
-            found = plain.encode(unmark(piece), add_special_tokens=False).ids
-            ids, said = ids + found, said | set(found)
-    return ids, said
+def _apart(tokenizer: Tokenizer, controls: tuple[str, ...], text: str) -> list[int]:
+    """Control tokens by their ids, and each text between them by the tokenizer that knows none."""
+    ids = list[int]()
+    for place, piece in enumerate(re.split(f"({_whole(controls).pattern})", text)):
+        by = tokenizer if place % 2 else _plain(tokenizer, first=not place)
+        ids += [_id(tokenizer, piece)] if place % 2 else _encode(by, unmark(piece))
+    return ids
 
 
-@lru_cache(maxsize=8)
-def _controls(tokenizer: Tokenizer, *, special: bool) -> tuple[str, ...]:
-    """The added tokens that a mark can break, the longest first."""
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None  # it is one of its added tokens
+    return found
+
+
+def _frame(tokens: tuple[str, ...], text: str) -> list[str]:
+    """The tokens that stand whole in a text, in their order."""
+    return _whole(tokens).findall(text)
+
+
+def _broken(message: Message, pattern: re.Pattern[str]) -> Message:
+    """A message with a mark behind the first character of each match, in every field but its role."""
+
+    def within(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], value)
+        if isinstance(value, dict):
+            return {within(key): within(item) for key, item in value.items()}
+        return type(value)(map(within, value)) if isinstance(value, list | tuple) else value
+
+    return replace(message, **{name: within(x) for name, x in vars(message).items() if name != "role"})
+
+
+@lru_cache(maxsize=16)
+def _tokens(tokenizer: Tokenizer, *, special: bool) -> tuple[str, ...]:
+    """What a tokenizer has added to its model, or the special ones; not runs of spaces. The longest first."""
     added = tokenizer.get_added_tokens_decoder().values()
-    found = {token.content for token in added if len(token.content) > 1 and (token.special or not special)}
+    found = {x.content for x in added if x.content.strip() and (x.special or not special)}
     return tuple(sorted(found, key=lambda token: (-len(token), token)))
 
 
-def _any(tokens: Sequence[str]) -> str:
-    return "|".join(map(re.escape, tokens)) or r"(?!)"
-
-
 @lru_cache
-def _breaks(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    """A control token, or what could become one where the template goes on behind the content."""
-    begun = sorted({token[:end] for token in tokens for end in range(2, len(token))}, key=len, reverse=True)
-    return re.compile(rf"{_any(tokens)}|(?:{_any(begun)})(?=\s*\Z)")
+def _whole(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of the tokens, the longest of those that begin in a place."""
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
-def _broken(value: Any, pattern: re.Pattern[str]) -> Any:
-    """Every text in a JSON value, names of fields too, with a mark behind the first character of a match."""
-    if isinstance(value, str):
-        return pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], value)
-    if isinstance(value, dict):
-        return {_broken(key, pattern): _broken(item, pattern) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_broken(item, pattern) for item in value)
-    return value
+@lru_cache(maxsize=8)
+def _plain(tokenizer: Tokenizer, *, first: bool) -> Tokenizer:
+    """The tokenizer without its added tokens, for the first piece of a text or for a later one."""
 
+    def inside(value: Any) -> Any:  # what is put before the first word is not put before later pieces
+        if isinstance(value, list):
+            return [inside(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        kept = {key: inside(item) for key, item in value.items()}
+        return kept | ({"prepend_scheme": "never"} if kept.get("prepend_scheme") == "first" else {})
 
-@lru_cache(maxsize=4)
-def _without_added(path: Path) -> Tokenizer:
-    """The tokenizer of a file that knows no control token."""
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    found = Tokenizer.from_str(json.dumps(raw | {"added_tokens": [], "post_processor": None}))
-    found.no_truncation()
-    found.no_padding()
-    return found
+    raw = json.loads(tokenizer.to_str()) | {"added_tokens": [], "post_processor": None}
+    return Tokenizer.from_str(
+        json.dumps(raw if first else raw | {"pre_tokenizer": inside(raw["pre_tokenizer"])})
+    )

@@ -41,7 +41,7 @@ def compile_template(template: str, where: str) -> jinja2.Template:
 def read_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The template of a model folder: chat_template.jinja, else that of tokenizer_config.json, `config`."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return (folder / "chat_template.jinja").read_bytes().decode()  # line ends as they are
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name; tool use and retrieval may have their own
         found = {entry["name"]: entry["template"] for entry in found}.get("default", found)
@@ -49,6 +49,11 @@ def read_template(folder: Path, config: dict[str, Any]) -> str | None:
         where = folder / "tokenizer_config.json"
         raise ValueError(f"{where}: chat_template must be a text or have a 'default', got {found!r}")
     return found
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Write chat_template.jinja, every line end as it is."""
+    (folder / "chat_template.jinja").write_bytes(template.encode())
 
 
 def run_template(template: str, where: str, **names: Any) -> str:

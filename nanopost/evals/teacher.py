@@ -12,7 +12,6 @@ from nanopost.data.schema import Message, Record
 from nanopost.evals.reference import weights_id
 from nanopost.losses import top_k_forward_kl
 from nanopost.losses.checks import wide
-from nanopost.models.weights import load_config
 from nanopost.rollout.types import Rollout
 
 
@@ -24,9 +23,9 @@ def check_tokenizers(student: Chat, teacher: Chat) -> None:
     as rare as the teacher finds it.
 
     Args:
-        student, teacher: of model folders in hub format, whose config.json is read for `vocab_size`.
-    Raises: ValueError with the first token whose ids differ and how many do, the two sizes, or the teacher's
-        stop tokens at which the student does not stop, and the cure.
+        student, teacher: of model folders in hub format. How their vocabularies are padded does not matter.
+    Raises: ValueError with the first token whose ids differ and how many do, or the teacher's stop tokens at
+        which the student does not stop, and the cure.
     """
     cure = "use --mode text, or retrain the student with the teacher's tokenizer"
     both = f"model {student.folder} and teacher {teacher.folder}"
@@ -34,9 +33,6 @@ def check_tokenizers(student: Chat, teacher: Chat) -> None:
     if apart := sorted(token for token in {**own, **other} if own.get(token) != other.get(token)):
         first = f"first {apart[0]!r}, id {own.get(apart[0])} and {other.get(apart[0])}"
         raise ValueError(f"the tokenizers of {both} differ in {len(apart)} tokens ({first}): {cure}")
-    sizes = [load_config(chat.folder).vocab_size for chat in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"vocab_size of {both} is {sizes[0]} and {sizes[1]}: {cure}")
     if strange := sorted(set(teacher.stop_ids) - set(student.stop_ids)):
         named = ", ".join(f"{i} ({teacher.tokenizer.id_to_token(i)!r})" for i in strange)
         cure = "add them to eos_token_id in the student's generation_config.json, or use --mode text"

@@ -26,7 +26,7 @@ REQUIRED = (
 PLAIN = {  # what another model may say otherwise, and ours cannot
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "num_experts": None,
     "num_local_experts": None, "partial_rotary_factor": 1, "attn_logit_softcapping": None,
-    "final_logit_softcapping": None, "quantization_config": None,
+    "final_logit_softcapping": None, "quantization_config": None, "rope_interleaved": False,
 }  # fmt: skip
 
 
@@ -34,6 +34,7 @@ ASSUMED = {  # keys whose absence transformers reads as a number of its own
     "llama": (), "mistral": ("num_key_value_heads", "sliding_window"), "qwen2": ("num_key_value_heads",),
     "qwen3": ("num_key_value_heads", "head_dim"),
 }  # fmt: skip
+WHOLE = {*REQUIRED, "num_key_value_heads", "head_dim", "sliding_window"}
 ROPES = ("rope_parameters", "rope_scaling")  # the new spelling and the old one
 
 
@@ -60,6 +61,10 @@ class LlamaConfig:
         if self.model_type not in FAMILIES:
             raise ValueError(f"model_type is {self.model_type!r}; nanopost reads {', '.join(FAMILIES)}")
         for name, value in vars(self).items():
+            if name in WHOLE and type(value) is not int and not (name == "sliding_window" and value is None):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if name in ("rms_norm_eps", "rope_theta") and type(value) not in (int, float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
         heads, few = self.num_attention_heads, self.num_key_value_heads
@@ -105,7 +110,7 @@ def load_config(folder: str | Path) -> LlamaConfig:
     raw = read_json(path)
     try:
         return _config(raw)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -128,8 +133,8 @@ def _config(raw: dict[str, Any]) -> LlamaConfig:
     theta, scaling = _rope(raw)
     return LlamaConfig(
         **{key: raw[key] for key in REQUIRED},
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
+        head_dim=raw["hidden_size"] // heads if raw.get("head_dim") is None else raw["head_dim"],
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=theta,
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
@@ -143,8 +148,11 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """θ and the scaling, from either spelling or from both where they agree."""
     new, old = ({k: v for k, v in (raw.get(key) or {}).items() if v is not None} for key in ROPES)
     for given in (new, old):
-        if "type" in given:  # its oldest name
-            given.setdefault("rope_type", given.pop("type"))
+        kinds = {given.pop(key) for key in ("type", "rope_type") if key in given}  # "type" is its oldest name
+        if len(kinds) > 1:
+            raise ValueError(f"the rope type is both {' and '.join(sorted(map(repr, kinds)))}")
+        if kinds:
+            given["rope_type"] = kinds.pop()
     thetas = {float(given["rope_theta"]) for given in (raw, new, old) if given.get("rope_theta") is not None}
     for given in (new, old):
         given.pop("rope_theta", None)
@@ -159,8 +167,11 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     kind = rope.pop("rope_type", "default")
     if "original_max_position_embeddings" in SCALINGS.get(kind, ()):
         rope.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
-    if kind != "default" and "factor" not in rope:
-        raise ValueError(f"rope type {kind!r} without a factor")
+    needed = {"default": set(), "llama3": {"factor", "low_freq_factor", "high_freq_factor"}}.get(
+        kind, {"factor"}
+    )
+    if missing := sorted(needed - rope.keys()):
+        raise ValueError(f"rope type {kind!r} without {', '.join(missing)}")
     if unknown := sorted(rope.keys() - SCALINGS.get(kind, set())):
         raise ValueError(f"{unknown[0]} is no part of the rope type {kind!r} that nanopost reads")
     return theta, None if kind == "default" else RopeScaling(kind, **rope)
@@ -174,6 +185,8 @@ def _window(raw: dict[str, Any]) -> int | None:
         kinds = {"sliding" if i >= first else "full" for i in range(layers)}
         kinds = {kind.removesuffix("_attention") for kind in raw.get("layer_types") or kinds}
         window = window if raw.get("use_sliding_window") and kinds != {"full"} else None
+        if raw.get("use_sliding_window") and kinds != {"full"} and window is None:
+            raise ValueError("use_sliding_window without sliding_window, for which readers assume a number")
         if window is not None and len(kinds) > 1:
             raise ValueError(
                 f"sliding_window={window} of some layers only; nanopost reads one of all or none"

@@ -20,15 +20,12 @@ from safetensors import safe_open
 
 from nanopost.models.config import FAMILIES, LlamaConfig, load_config, read_json
 from nanopost.models.header import check_entries
+from nanopost.models.heads import HEAD, ScoreModel
 from nanopost.models.llama import Llama
 from nanopost.models.weights import TIED, load_model, read_headers, save_model, shard_files, words
 
-FIRST = {
-    "llama": "4.28",
-    "mistral": "4.34",
-    "qwen2": "4.37",
-    "qwen3": "4.51",
-}  # of transformers that reads it
+FIRST = {"llama": (4, 28), "mistral": (4, 34), "qwen2": (4, 37), "qwen3": (4, 51)}  # of transformers
+SCALED = (4, 43)  # the first that knows `rope_type`
 
 
 def describe(folder: str | Path) -> Iterator[str]:
@@ -39,26 +36,30 @@ def describe(folder: str | Path) -> Iterator[str]:
     """
     folder = Path(folder)
     c, entries = load_config(folder), read_headers(folder)
+    scores = entries[HEAD].shape[0] if HEAD in entries and entries[HEAD].shape else 0
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in Llama(c).state_dict().items()}
+        model = ScoreModel(c, scores) if scores else Llama(c)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if c.tie_word_embeddings and TIED not in entries:
-        del wanted[TIED]
+        wanted.pop(TIED, None)
     check_entries(entries, wanted, folder)
     dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in entries.values())
     files, numbers = shard_files(folder), sum(math.prod(entry.shape) for entry in entries.values())
     size = sum(path.stat().st_size for path in files)
-    tied = ", head tied to the embedding" if c.tie_word_embeddings else ""
+    head = f", {scores} scores" if scores else ", head tied to the embedding" if c.tie_word_embeddings else ""
+    kind = "SequenceClassification" if scores else "CausalLM"
     told = ", ".join(f"{count} in {dtype}" for dtype, count in dtypes.most_common())
-    yield f"family      {c.model_type}, {FAMILIES[c.model_type]}ForCausalLM"
+    yield f"family      {c.model_type}, {FAMILIES[c.model_type]}For{kind}"
     yield f"shape       {shape(c)}"
     yield f"positions   {positions(c)}"
-    yield f"parameters  {numbers:,}{tied}"
+    yield f"parameters  {numbers:,}{head}"
     yield f"tensors     {told}; {size / 1e6:,.1f} MB in {len(files)} file{'s' * (len(files) > 1)}"
     yield f"vocabulary  {vocabulary(folder, c)}"
-    yield f"stop ids    {stop_ids(folder)}"
+    yield f"stop ids    {stop_ids(folder, c)}"
     yield f"template    {template(folder)}"
     others = "vLLM and llama.cpp's converter (which list the family)"
-    yield f"read by     transformers from {FIRST[c.model_type]} on, {others}"
+    first = max(FIRST[c.model_type], SCALED if c.rope_scaling else (0, 0))
+    yield f"read by     transformers from {first[0]}.{first[1]} on, {others}"
 
 
 def shape(c: LlamaConfig) -> str:
@@ -83,21 +84,34 @@ def vocabulary(folder: Path, c: LlamaConfig) -> str:
     return f"{count:,} tokens, {c.vocab_size - count:,} rows of padding (never sampled)"
 
 
-def stop_ids(folder: Path) -> str:
-    """The ids that end a turn, and the file that names them."""
-    for name in ("generation_config.json", "config.json"):
-        found = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+def stop_ids(folder: Path, c: LlamaConfig) -> str:
+    """The ids that end a turn, and the file that names them.
+
+    Raises:
+        ValueError: an id that is no token.
+    """
+    names = ("generation_config.json", "config.json")
+    for path in (folder / name for name in names if (folder / name).is_file()):
+        found = read_json(path).get("eos_token_id")
         if found is not None:
             ids = found if isinstance(found, list) else [found]
-            return f"{', '.join(map(str, ids))} ({name})"
-    return "none in generation_config.json or config.json"
+            if strange := [x for x in ids if type(x) is not int or not 0 <= x < words(folder, c)]:
+                raise ValueError(f"{path}: eos_token_id {strange[0]!r} is no token")
+            return f"{', '.join(map(str, ids))} ({path.name})"
+    path = folder / "tokenizer_config.json"
+    eos = read_json(path).get("eos_token") if path.is_file() else None
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    return f"{eos!r} ({path.name})" if eos else "none: nothing could be sampled from this folder"
 
 
 def template(folder: Path) -> str:
     """SHA-256 of the chat template, and whether it stands in both of its places."""
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    texts = {path.name: path.read_text(encoding="utf-8")} if path.is_file() else {}
-    if config.is_file() and isinstance(text := read_json(config).get("chat_template"), str):
+    texts = {path.name: path.read_bytes().decode()} if path.is_file() else {}
+    text = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(text, list):
+        text = {entry["name"]: entry["template"] for entry in text}.get("default")
+    if text is not None:
         texts[config.name] = text
     if len(set(texts.values())) > 1:
         raise ValueError(f"{folder}: the templates in {' and '.join(texts)} differ")
@@ -134,7 +148,7 @@ def certificate(folder: str | Path, work: Path) -> Iterator[str]:
     ids = torch.arange(3, 35)[None] % model.words
     ours = model(ids)
     save_model(model.config, model.state_dict(), work, stop_ids=(0,))
-    again = (load_model(work)(ids) - ours).abs().max()
+    again = (load_model(work)(ids)[..., : model.words] - ours).abs().max()
     yield f"logits      written and read again: {again:.2g} away"
     if find_spec("transformers") is None:
         yield "logits      transformers is not installed"

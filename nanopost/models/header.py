@@ -85,9 +85,13 @@ def _entries(raw: Any, size: int) -> dict[str, Entry]:
         if entry.begin != reached:
             kind = "overlaps what stands before it" if entry.begin < reached else "leaves a gap before it"
             raise ValueError(f"{name} begins at byte {entry.begin}, not {reached}: it {kind}")
+        if entry.end > size:
+            raise ValueError(
+                f"{name} ends at byte {entry.end}, the file has {size} for its tensors: it is cut"
+            )
         reached = entry.end
     if reached != size:
-        raise ValueError(f"the tensors have {reached} bytes, the file has {size} for them")
+        raise ValueError(f"the file has {size - reached} bytes behind its last tensor")
     return entries
 
 
@@ -98,11 +102,13 @@ def _entry(name: str, said: Any) -> Entry:
     if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} must say dtype, shape and data_offsets and no more")
     dtype, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
-    if dtype not in SIZES:
+    if not isinstance(dtype, str) or dtype not in SIZES:
         raise ValueError(f"{name} has dtype {dtype!r}; nanopost reads {', '.join(SIZES)}")
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise ValueError(f"{name} has {key} {numbers!r}, no list of whole numbers")
+            raise ValueError(f"{name} has {key} {str(numbers)[:80]}, no list of whole numbers")
+    if len(shape) > 8:
+        raise ValueError(f"{name} has {len(shape)} dimensions, more than 8")
     needed = math.prod(shape) * SIZES[dtype]
     if len(offsets) != 2 or offsets[1] - offsets[0] != needed:
         raise ValueError(f"{name} has data_offsets {offsets}: {shape} of {dtype} takes {needed} bytes")

@@ -76,7 +76,7 @@ class Attention(nn.Module):
         projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)  # (N, H, E), (N, K, E) twice
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast would part them
         return self.o_proj(look(rope(q, *angles), rope(k, *angles), v).flatten(1))
 
 
@@ -152,12 +152,6 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @property
-    def head(self) -> Tensor:
-        """The head's rows that are tokens, (W, D): padding is no outcome, of the sampler or of a loss."""
-        weight = self.lm_head.weight
-        return weight if self.words == len(weight) else weight[: self.words]
-
     def forward(self, input_ids: Tensor, mask: Tensor | None = None, spans: Spans | None = None) -> Tensor:
         """Logits (B, T, W), or (M, W) at the places of `mask` (B, T) alone.
 
@@ -165,7 +159,7 @@ class Llama(nn.Module):
         no logit of anything.
         """
         hidden, places = self.model.rows(input_ids, spans)
-        return linear(hidden[places if mask is None else places[mask]], self.head)
+        return self.cut(self.lm_head(hidden[places if mask is None else places[mask]]))
 
     def next_logits(self, token_ids: Tensor, positions: Tensor, look: Attend, last: Tensor | None) -> Tensor:
         """Logits after each token of a list, (N, W), or after those at the places `last`.
@@ -173,7 +167,11 @@ class Llama(nn.Module):
         `look` is the sampler's cache: it keeps keys and values and knows what each token may see.
         """
         hidden = self.model(token_ids, positions, look)
-        return linear(hidden if last is None else hidden[last], self.head)
+        return self.cut(self.lm_head(hidden if last is None else hidden[last]))
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The W words of (…, V): padding is no outcome, of the sampler or of a loss."""
+        return x if self.words == x.shape[-1] else x[..., : self.words]
 
     def logps(
         self,
@@ -208,10 +206,11 @@ class Llama(nn.Module):
         hidden, targets = hidden[places[mask]], target_ids[mask]
         if alike and (temperature, top_k, top_p) != (1.0, 0, 1.0):
             raise ValueError(f"alike needs temperature 1, no truncation, got {temperature}, {top_k}, {top_p}")
-        weight = self.head
+        weight = self.lm_head.weight
         if torch.is_autocast_enabled(weight.device.type):
             half = torch.get_autocast_dtype(weight.device.type)
             hidden, weight = hidden.to(half), weight.to(half)
+        weight = weight if self.words == len(weight) else weight[: self.words]
         if alike:
             logps = -linear_cross_entropy(hidden, weight, targets)
         elif top_k or top_p < 1.0:

@@ -57,6 +57,8 @@ class Adapter:
         check_unit("dropout", self.dropout)
         if not self.targets:
             raise ValueError("targets names no layer: nothing would train")
+        if "lm_head" in self.targets:
+            raise ValueError("targets: lm_head has no adapter here, the head's kernels read its weight")
 
 
 def layers_of(model: nn.Module, adapter: Adapter) -> dict[str, nn.Linear]:

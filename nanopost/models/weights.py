@@ -81,7 +81,9 @@ def fill(model: M, folder: str | Path, *, dtype: torch.dtype, tied: bool = False
             tensors |= {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: {error}") from error
-    if tied and not torch.equal(tensors.setdefault(TIED, tensors[EMBEDDING]), tensors[EMBEDDING]):
+    if tied and TIED not in entries:
+        tensors[TIED] = tensors[EMBEDDING]
+    elif tied and not torch.equal(tensors[TIED], tensors[EMBEDDING]):
         raise ValueError(
             f"{folder}: config.json ties the head to the embedding, but {TIED} differs from it: "
             "delete the tensor to keep the embedding, or set tie_word_embeddings to false to keep both"
@@ -116,11 +118,14 @@ def words(folder: str | Path, config: LlamaConfig) -> int:
     if not path.is_file():
         return config.vocab_size
     raw = read_json(path)
-    vocabulary = (raw.get("model") or {}).get("vocab") or {}
-    ids = (
-        vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    )  # Unigram's is a list
-    count = 1 + max([*ids, *(token["id"] for token in raw.get("added_tokens") or [])], default=-1)
+    try:
+        vocabulary = raw["model"]["vocab"]
+        own = (
+            vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        )  # Unigram's: a list
+        count = 1 + max([*own, *(token["id"] for token in raw.get("added_tokens") or [])])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no vocabulary with ids ({type(error).__name__}: {error})") from error
     if count > config.vocab_size:
         raise ValueError(f"{path} has {count} tokens, the embedding {config.vocab_size} rows")
     return count

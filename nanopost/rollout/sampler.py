@@ -151,7 +151,7 @@ def sample(
 
 
 def prefill(model: Llama, prompts: Sequence[Sequence[int]], cache: KVCache) -> list[Tensor]:
-    """Read prompts into the cache as its last groups; the logits at the end of each, (V,)."""
+    """Read prompts into the cache as its last groups; the logits at the end of each, (W,)."""
     if not prompts:
         return []
     device, width = model.lm_head.weight.device, max(len(prompt) for prompt in prompts)

@@ -247,7 +247,7 @@ def test_any_text_is_shown_whole_and_trained_exactly(
 
 # ---- the two pages: the text of a conversation, and which of its tokens are trained on ----
 
-plain = st.text(st.characters(codec="utf-8", exclude_characters="<>|"), max_size=9) | st.text(
+plain = st.text(st.characters(codec="utf-8", exclude_characters="<>|\ufdd0"), max_size=9) | st.text(
     "he lo12\n", max_size=9
 )
 turns = st.builds(
@@ -611,6 +611,25 @@ def test_a_template_is_copied_to_both_of_its_places(tmp_path: Path, place: str) 
     assert json.loads((tmp_path / "b" / CONFIG).read_text())["chat_template"] == chat.template
     assert (tmp_path / "b/tokenizer.json").read_bytes() == (tmp_path / "a/tokenizer.json").read_bytes()
     assert load_chat(tmp_path / "b").version == chat.version
+
+
+def test_a_copied_template_is_one_and_the_same(tmp_path: Path) -> None:
+    """Line ends, a null, no tokenizer_config.json at all, two that differ: the file wins."""
+    make_chat(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    (tmp_path / "a" / TEMPLATE).write_bytes(CHATML.replace("\n", "\r\n").encode())
+    chat = load_chat(tmp_path / "a")
+    for number, change in enumerate((config, config | {"chat_template": None}, None)):
+        (tmp_path / "a" / CONFIG).unlink(missing_ok=True)
+        if change is not None:
+            (tmp_path / "a" / CONFIG).write_text(json.dumps(change))
+        else:
+            (tmp_path / "a/generation_config.json").write_text('{"eos_token_id": 265}')
+        for _ in range(2):
+            copy_chat(tmp_path / "a", copy := tmp_path / str(number))
+        assert load_chat(copy).version == chat.version
+        text = json.loads((copy / CONFIG).read_text())["chat_template"]
+        assert text == chat.template == (copy / TEMPLATE).read_bytes().decode()
 
 
 def test_copy_is_byte_for_byte(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from nanopost.data.chat import Chat, encode, prompt_ids, record_samples, render, write_chat
 from nanopost.data.markers import MARK
@@ -107,26 +107,102 @@ def test_an_assistant_thinks_and_nobody_else_does(tmp_path):
     assert frame(chat, later) == frame(chat, bare)
 
 
-def test_halves_that_a_template_joins_make_no_token(tmp_path):
-    """A template that writes two contents beside each other could complete what the first one has begun."""
-    joined = "{% for m in messages %}{{ m.content | trim }}{% endfor %}<|im_end|>"
+def test_what_only_an_assistant_says_stays_a_token(tmp_path):
+    """A special token that the template never writes: the model's own, in its own turns alone."""
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|im_end|>", "<|call|>"])
+    chat = write_chat(tmp_path, tokenizer, CHATML, eos_token="<|im_end|>")
+    call = tokenizer.token_to_id("<|call|>")
+    said = [
+        prompt_ids(chat, [Message(role, "<|call|>f()")]).count(call)
+        for role in ("assistant", "user", "system", "tool")
+    ]
+    assert said == [1, 0, 0, 0]
+
+
+def test_a_system_message_may_show_the_tags_of_a_call(tmp_path):
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
+    chat = write_chat(tmp_path, tokenizer, CHATML, eos_token="<|im_end|>")
+    tag = tokenizer.token_to_id("<tool_call>")
+    assert [prompt_ids(chat, [Message(role, "a <tool_call>")]).count(tag) for role in ("system", "user")] == [
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "contents"),
+    [
+        ("{% for m in messages %}{{ m.content | trim }}{% endfor %}<|im_end|>", ("a<|im_ ", "end|>b")),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>", ("a<", "|im_end|>b")),
+        (
+            "{% for m in messages %}{{ m.content.replace('/no', '') }}{% endfor %}<|im_end|>",
+            ("a<|im_/noend|>b",),
+        ),
+    ],
+)
+def test_a_template_that_makes_a_token_of_pieces_is_refused(tmp_path, template, contents):
+    """It writes contents beside each other, or takes something out of one."""
     chat = write_chat(
-        tmp_path, byte_tokenizer(["<|im_start|>", "<|im_end|>"]), joined, eos_token="<|im_end|>"
+        tmp_path, byte_tokenizer(["<|im_start|>", "<|im_end|>"]), template, eos_token="<|im_end|>"
     )
-    ids = prompt_ids(chat, [Message("system", "a<|im_ "), Message("user", "end|>b")])
-    assert frame(chat, ids) == [chat.stop_ids[0]] == ids[-1:]
-    assert chat.tokenizer.decode(ids, skip_special_tokens=False) == "a<|im_end|>b<|im_end|>"
+    with pytest.raises(ValueError, match=r"the chat template makes '<\|im_end\|>' out of what messages say"):
+        prompt_ids(chat, [Message("user", content) for content in contents])
+    assert prompt_ids(chat, [Message("user", "a<"), Message("user", "b")]) == encode(chat, "a<b<|im_end|>")
+
+
+WORDS = {"<|im_end|>": 0, "<|im_start|>": 1, "a": 2, "user": 3, "assistant": 4, "?": 5}
 
 
 def test_a_tokenizer_that_cannot_quote_is_refused(tmp_path):
-    words = {"<|im_end|>": 0, "<|im_start|>": 1, "a": 2, "user": 3, "assistant": 4, "?": 5}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     chat = write_chat(tmp_path, tokenizer, CHATML.replace("\\n", " "), eos_token="<|im_end|>")
     assert 2 in prompt_ids(chat, [Message("user", "a")])
-    with pytest.raises(ValueError, match=r"this tokenizer cannot write '<\|im_end\|>' as text"):
+    with pytest.raises(
+        ValueError, match=r"a message has '<\|im_end\|>', which this tokenizer cannot write as text"
+    ):
         prompt_ids(chat, [Message("user", "a <|im_end|> a")])
+
+
+def test_what_a_normaliser_makes_a_token_is_refused(tmp_path):
+    """Full-width signs, which NFKC turns into the token's own."""
+    tokenizer = byte_tokenizer(["<|im_start|>"])
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", special=True, normalized=True)])
+    chat = write_chat(tmp_path, tokenizer, CHATML, eos_token="<|im_end|>")
+    assert len(frame(chat, prompt_ids(chat, [Message("user", "a＜b")]))) == 3
+    with pytest.raises(ValueError, match=r"a message has '<\|im_end\|>', which this tokenizer cannot write"):
+        prompt_ids(chat, [Message("user", "a＜|im_end|＞b")])
+
+
+def test_a_tokenizer_that_opens_a_text_with_a_space_opens_no_piece_with_one(tmp_path):
+    """Metaspace, `prepend_scheme` first, as the Llama-2 tokenizers have it."""
+    letters = {letter: i for i, letter in enumerate("▁ab<|im_end>starusyp\n?", start=2)}
+    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, **letters}, merges=[], unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens([AddedToken(x, special=True, normalized=False) for x in ("<s>", "</s>")])
+    template = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    chat = write_chat(tmp_path, tokenizer, template, eos_token="</s>")
+    for text in ("ab<", "ab</", "a b"):
+        assert prompt_ids(chat, [Message("user", text)]) == encode(chat, f"<s>user\n{text}</s>\n")
+    quoted = prompt_ids(chat, [Message("user", "a</s>b")])
+    assert frame(chat, quoted) == [0, 1]
+    plain = encode(chat, "<s>user\na</xs>b</s>\n")
+    assert (
+        quoted == [token for token in plain if token != letters.get("x", letters["?"])]
+        or len(quoted) == len(plain) - 1
+    )
+
+
+def test_one_character_that_is_a_control_token_is_refused(tmp_path):
+    chat = write_chat(
+        tmp_path, byte_tokenizer(["<|im_start|>", "␞"]), "{{ messages[0].content }}␞", eos_token="␞"
+    )
+    assert frame(chat, prompt_ids(chat, [Message("user", "a")])) == [chat.stop_ids[0]]
+    with pytest.raises(ValueError, match=r"messages\[0\] has '␞', one character that is a control token"):
+        prompt_ids(chat, [Message("user", "a␞b")])
 
 
 def test_the_mark_itself_is_refused(chats):

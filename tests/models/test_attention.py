@@ -93,19 +93,22 @@ def test_rows_alike_share_a_block_and_few_places_are_padding():
     assert sum(block.queries.numel() for block in plan.blocks) < 1.25 * sum(range(1, 200))
 
 
-def test_the_ragged_kernel_is_told_the_same(monkeypatch):
+@pytest.mark.parametrize("window", [None, 1, 3, 9])
+def test_the_ragged_kernel_is_told_the_same(monkeypatch, window):
     """FlashAttention's kernel needs a GPU: its contract in torch stands in for it here."""
     rows = [(0, 5), (3, 6), (3, 9), (0, 2)]
-    plan, (q, k, v) = layout(rows, 9, CPU), heads(16)
+    plan, (q, k, v) = layout(rows, 9, CPU, window), heads(16)
+    blocks = attend(plan, 0, q, k, v)
 
     def varlen_attn(q, k, v, bounds_q, bounds_k, most_q, most_k, *, window_size):
-        assert window_size == (-1, 0) and bounds_q.dtype == bounds_k.dtype == torch.int32
+        assert window_size[1] == 0 and bounds_q.dtype == bounds_k.dtype == torch.int32
         assert bounds_q.is_contiguous() and bounds_k.is_contiguous()  # the kernel asks for both
         assert most_q == bounds_q.diff().max() and most_k == bounds_k.diff().max()
         outputs = []
         for row in range(len(bounds_q) - 1):
             (a, b), (c, d) = (bounds[row : row + 2].tolist() for bounds in (bounds_q, bounds_k))
-            seen = torch.arange(d - c) <= torch.arange(d - c - (b - a), d - c)[:, None]
+            key, own = torch.arange(d - c), torch.arange(d - c - (b - a), d - c)[:, None]
+            seen = (key <= own) & (key >= own - (d if window_size[0] < 0 else window_size[0]))
             part = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
             outputs.append(F.scaled_dot_product_attention(*part, seen).transpose(0, 1))
         return torch.cat(outputs)
@@ -113,7 +116,9 @@ def test_the_ragged_kernel_is_told_the_same(monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(dispatch, "ragged_attention", lambda q: True)
     found = attend(plan, 0, q, k, v)
-    torch.testing.assert_close(found, written_out(rows, q, k, v), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, blocks, rtol=1e-10, atol=1e-12)
+    if window is None:
+        torch.testing.assert_close(found, written_out(rows, q, k, v), rtol=1e-10, atol=1e-12)
 
 
 def test_what_is_broken_in_a_row_stays_there():

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanopost.data.chat import copy_chat, load_chat
 from nanopost.models.describe import check_finite, describe, main
+from nanopost.models.heads import load_score_model, save_score_model
 from nanopost.models.rope import RopeScaling
-from nanopost.models.weights import load_model, save_model, write_config
+from nanopost.models.weights import load_model, random_model, save_model, write_config
 from tests.tiny import hub_folder, tiny_model
 
 
@@ -71,6 +73,43 @@ def test_what_is_wrong_is_one_line(tmp_path):
     with pytest.raises(
         SystemExit, match=r"mlp.down_proj.weight has shape \(20, 28\), config.json says \(20, 29\)"
     ):
+        main(["check", str(tmp_path)])
+
+
+def test_a_padded_vocabulary_and_a_score_model_are_told(tmp_path, capsys):
+    hub_folder(tmp_path / "a")
+    chat = load_chat(tmp_path / "a")
+    config = dataclasses.replace(
+        load_model(tmp_path / "a").config, vocab_size=chat.tokenizer.get_vocab_size() + 7
+    )
+    write_config(config, tmp_path / "a", dtype=torch.float32, stop_ids=chat.stop_ids)
+    model = random_model(tmp_path / "a", seed=0)
+    save_model(config, model.state_dict(), tmp_path / "a", stop_ids=chat.stop_ids)
+    main(["check", str(tmp_path / "a"), "--logits"])
+    told = capsys.readouterr().out
+    assert f"{model.words} tokens, 7 rows of padding" in told and "written and read again: 0 away" in told
+    scorer = load_score_model(tmp_path / "a", labels=2)
+    copy_chat(tmp_path / "a", tmp_path / "b")
+    save_score_model(config, scorer.state_dict(), tmp_path / "b", stop_ids=chat.stop_ids, labels=["x", "y"])
+    told = dict(line.split(maxsplit=1) for line in describe(tmp_path / "b"))
+    assert told["family"] == "llama, LlamaForSequenceClassification" and told["parameters"].endswith(
+        ", 2 scores"
+    )
+
+
+def test_ids_that_are_no_token_are_refused(tmp_path):
+    hub_folder(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9999]}')
+    with pytest.raises(SystemExit, match=r"generation_config.json: eos_token_id 9999 is no token"):
+        main(["check", str(tmp_path)])
+    for name in ("generation_config.json", "config.json"):
+        raw = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({k: v for k, v in raw.items() if k != "eos_token_id"}))
+    assert dict(line.split(maxsplit=1) for line in describe(tmp_path))["stop"].endswith(
+        "(tokenizer_config.json)"
+    )
+    (tmp_path / "tokenizer.json").write_text('{"model": []}')
+    with pytest.raises(SystemExit, match=r"tokenizer.json: no vocabulary with ids"):
         main(["check", str(tmp_path)])
 
 

@@ -224,7 +224,7 @@ MUTANTS = [
     Mutant(
         name="texts_that_the_student_cannot_read",
         source="our own",
-        story="One text of the teacher that holds the student's stop token ends the run, after all sampling.",
+        story="One text of the teacher that the student cannot be taught ends the run, after all sampling.",
         file=SCRIPT,
         before="text_lines(speaker, chat, mine, done, named)",
         after="text_lines(speaker, speaker, mine, done, named)",
