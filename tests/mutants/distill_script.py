@@ -228,7 +228,7 @@ MUTANTS = [
         file=SCRIPT,
         before="text_lines(speaker, chat, mine, done, named)",
         after="text_lines(speaker, speaker, mine, done, named)",
-        killer=f"{TEST}_a_text_with_the_students_stop_token_is_left_out_and_the_run_goes_on",
+        killer=f"{TEST}_a_text_that_cannot_be_learnt_is_left_out_and_the_run_goes_on",
     ),
     Mutant(
         name="no_texts_on_the_writing_rank_alone",

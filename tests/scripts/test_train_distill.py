@@ -168,9 +168,12 @@ def test_texts_without_an_end_are_left_out_and_counted(start, tmp_path):
 
 
 def test_a_text_that_cannot_be_learnt_is_left_out_and_the_run_goes_on(start, tmp_path):
-    """One has a sign that is no character. Another quotes the student's stop token, which is text."""
+    """The student's template refuses one; another quotes the student's stop token, which is text."""
     student, chat = small_folder(tmp_path / "header", kind="header"), load_chat(start[1])
-    lines = [chat.tokenizer.encode(text).ids for text in ("so\ufdd0 it is 7", "so<|eot|> it is 7")]
+    template = student / "chat_template.jinja"
+    refusal = "{% for m in messages if 'never' in m.content %}{{ raise_exception('never') }}{% endfor %}"
+    template.write_text(refusal + template.read_text())
+    lines = [chat.tokenizer.encode(text).ids for text in ("never it is 7", "so<|eot|> it is 7")]
 
     def tell(*given: object, **options: object) -> list[Rollout]:
         done = sample(*given, **options)
@@ -182,11 +185,10 @@ def test_a_text_that_cannot_be_learnt_is_left_out_and_the_run_goes_on(start, tmp
 
     with patch("nanopost.rollout.sampler.sample", tell):
         printed = train((student, *start[1:]), "text", tmp_path / "run", "--steps", "1")
-    kept = read_jsonl(tmp_path / "run/teacher.jsonl")
+    kept, told = read_jsonl(tmp_path / "run/teacher.jsonl"), (tmp_path / "run/teacher.jsonl").read_text()
     assert f"left out {24 - len(kept)} of 24 texts (first: " in printed
-    assert "chats.jsonl:1: messages[1] has the character U+FDD0" in printed
-    told = (tmp_path / "run/teacher.jsonl").read_text()
-    assert len(kept) > 12 and "\ufdd0" not in told and "so<|eot|> it is 7" in told
+    assert "chats.jsonl:1: " in printed and "the chat template refuses the messages: never" in printed
+    assert len(kept) > 12 and "never" not in told and "so<|eot|> it is 7" in told
 
 
 def test_a_rank_that_does_not_write_hears_of_no_texts_as_well(start, tmp_path):
