@@ -133,6 +133,13 @@ def render(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bo
     )
 
 
+def turn_tokens(chat: Chat) -> set[str]:
+    """The special tokens that turns are made of: those the template writes, BOS, EOS and the stop tokens."""
+    ends = {chat.bos_token, chat.eos_token, *map(chat.tokenizer.id_to_token, chat.stop_ids)}
+    special = {x.content for x in chat.tokenizer.get_added_tokens_decoder().values() if x.special}
+    return {token for token in special if token in ends or token in (chat.template or "")}
+
+
 def encode(chat: Chat, text: str) -> list[int]:
     """Token ids of the text as it stands: special tokens written in it are read as such, none is added."""
     return chat.tokenizer.encode(text, add_special_tokens=False).ids
@@ -217,11 +224,8 @@ def _turn_sample(chat: Chat, messages: Sequence[Message]) -> Sample:
 
 def _render_marked(chat: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
     """`render`, with a mark in every control token that a message quotes (`markers.py`)."""
-    ends = {chat.bos_token, chat.eos_token, *map(chat.tokenizer.id_to_token, chat.stop_ids)}
-    added = chat.tokenizer.get_added_tokens_decoder().values()
-    own = {x.content for x in added if x.content in ends or x.content in (chat.template or "")}
     written = partial(render, chat, add_generation_prompt=add_generation_prompt)
-    return render_marked(chat.tokenizer, messages, written, own=own)
+    return render_marked(chat.tokenizer, messages, written, own=turn_tokens(chat))
 
 
 def _text_sample(chat: Chat, text: str) -> Sample:

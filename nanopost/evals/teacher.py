@@ -7,7 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from nanopost.data.chat import Chat, decode, load_chat, prompt_ids, prompt_messages, record_samples
+from nanopost.data.chat import (
+    Chat,
+    decode,
+    load_chat,
+    prompt_ids,
+    prompt_messages,
+    record_samples,
+    turn_tokens,
+)
 from nanopost.data.schema import Message, Record
 from nanopost.evals.reference import weights_id
 from nanopost.losses import top_k_forward_kl
@@ -103,10 +111,12 @@ def text_lines(
         rollouts: what the teacher wrote, equally many for every record, those of one adjacent.
         named: teacher, template and decoding; they go to the records' `meta`.
     Returns: one JSON object a rollout, or the reason, with file and line of the prompt, why it is not to be
-        learnt: it was cut before its stop token (an end that the teacher did not set), it is blank, or
-        `record_samples` refuses it in the student's template and tokens (it holds the student's stop token).
+        learnt: it was cut before its stop token (an end that the teacher did not set), it is blank, the
+        teacher has said a token of its turns inside it, or `record_samples` refuses it in the student's
+        template and tokens. A text that only quotes such a token is learnt, as text.
     """
     lines: list[dict[str, Any] | str] = []
+    of_turns = turn_tokens(chat)
     for i, rollout in enumerate(rollouts):
         record = records[i * len(records) // len(rollouts)]
         messages = prompt_messages(record)
@@ -119,6 +129,11 @@ def text_lines(
             if rollout.finish_reason != "stop" or not text.strip():
                 why = "the text is blank" if rollout.finish_reason == "stop" else "cut at max_new_tokens"
                 raise ValueError(f"{record.file}:{record.line}: {why}")
+            said = map(chat.tokenizer.id_to_token, rollout.completion_ids[:-1])
+            if control := [token for token in said if token in of_turns]:
+                raise ValueError(
+                    f"{record.file}:{record.line}: the text has the control token {control[0]!r}"
+                )
             answered = (*messages, Message("assistant", text))
             record_samples(student, replace(record, messages=answered, context=len(messages)))
         except ValueError as error:

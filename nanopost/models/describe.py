@@ -164,6 +164,7 @@ def certificate(folder: str | Path, work: Path) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Print what a folder is; leave with 1 and one line where something is wrong with it."""
     parser = argparse.ArgumentParser(
         prog="python -m nanopost.models.weights", description=__doc__.split("\n")[0]
     )

@@ -40,19 +40,18 @@ def test_lines_keep_what_the_prompts_record_says_and_take_the_teachers_words(tmp
     assert name_teachers(None, [one, two], {}) == [named]  # what was named is read back, once
 
 
-def test_a_text_with_the_students_stop_token_in_it_is_left_out_and_the_others_stay(tmp_path: Path) -> None:
-    """To the teacher it is text like any other; the student would stop there."""
+def test_a_text_in_which_the_teacher_opens_a_turn_is_left_out_and_the_others_stay(tmp_path: Path) -> None:
+    """It said the token itself; spelled out it would be another text. What only quotes a token is text."""
     chat, student = make_chat(tmp_path / "t"), make_chat(tmp_path / "s", "header")
 
     def rollout(text: str) -> Rollout:
         ids = (*chat.tokenizer.encode(text).ids, chat.stop_ids[0])
         return Rollout((1,), ids, torch.zeros(len(ids)), torch.zeros(len(ids)), "stop")
 
-    texts = ["so<|eot|> it is 7", "it is 7"]
+    texts = ["so<|im_start|> it is 7", "so<|eot|> it is 7"]
     bad, good = text_lines(chat, student, RECORDS, [rollout(text) for text in texts], {})
-    assert isinstance(bad, str) and "d.jsonl:1: messages[1]: there is text behind its first stop" in bad
-    assert isinstance(good, dict) and good["completion"][0]["content"] == "it is 7"
-    assert isinstance(text_lines(chat, chat, RECORDS, [rollout(text) for text in texts], {})[0], dict)
+    assert bad == "d.jsonl:1: the text has the control token '<|im_start|>'"
+    assert isinstance(good, dict) and good["completion"][0]["content"] == "so<|eot|> it is 7"
 
 
 def test_a_prompt_without_room_is_named(tmp_path: Path) -> None:

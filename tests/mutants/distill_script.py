@@ -222,6 +222,16 @@ MUTANTS = [
         killer=f"{TEST}_the_datas_own_tokens_take_their_share",
     ),
     Mutant(
+        name="turns_of_the_teacher_are_spelled_out",
+        source="our own",
+        story="A token of the turns that the teacher says inside a text is learnt letter by letter.",
+        file="nanopost/evals/teacher.py",
+        before="if token in of_turns]",
+        after="if not of_turns]",
+        killer="tests/evals/test_teacher.py::"
+        "test_a_text_in_which_the_teacher_opens_a_turn_is_left_out_and_the_others_stay",
+    ),
+    Mutant(
         name="texts_that_the_student_cannot_read",
         source="our own",
         story="One text of the teacher that the student cannot be taught ends the run, after all sampling.",
