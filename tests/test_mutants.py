@@ -26,6 +26,8 @@ Outcome = tuple[int, str]  # exit status and output
 def run_mutant(mutant: Mutant) -> Outcome:
     """pytest on the killer, in a patched copy of the project."""
     arguments = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", mutant.killer]
+    # pytest looks for its old folders and may leave the look-up open.
+    arguments += ["-W", "ignore:unclosed scandir iterator:ResourceWarning"]
     environment = {"NANOPOST_MUTANT": mutant.name, "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # for speed
     with tempfile.TemporaryDirectory() as folder:
