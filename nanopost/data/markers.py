@@ -46,14 +46,14 @@ def render_marked(
         "system": _whole(special),
     }
     every, marked, split = _whole(_tokens(tokenizer, special=False)), list[Message](), list[Message]()
+    single = _whole(tuple(token for token in special if len(token) == 1))
     allowed = _whole(tuple(token for token in special if token not in own))  # to an assistant
     firsts = "|".join(re.escape(letter) for letter in {token[0] for token in special}) or r"(?!)"
     for i, message in enumerate(messages):
-        said = json.dumps([*vars(message).values()], ensure_ascii=False)
-        if MARK in said:
+        if MARK in json.dumps([*vars(message).values()], ensure_ascii=False):
             raise ValueError(f"messages[{i}] has the character U+{ord(MARK):X}, which no text has")
-        if short := [token for token in special if len(token) == 1 and token in said]:
-            raise ValueError(f"messages[{i}] has {short[0]!r}, one character that is a control token")
+        if _broken(message, single) != message:
+            raise ValueError(f"messages[{i}] has one character that is a control token, {single.pattern}")
         marked.append(_broken(message, patterns.get(message.role, every)))
         kept = f"(?!{allowed.pattern})" if message.role == "assistant" else ""
         split.append(_broken(message, re.compile(f"{kept}(?:{firsts})")))
@@ -81,14 +81,16 @@ def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
     of = {token: _id(tokenizer, token) for token in controls}
     known = set(of.values())
     ids, wanted = _encode(tokenizer, unmark(text)), [of[token] for token in _frame(controls, text)]
-    if (found := [token for token in ids if token in known]) == wanted:
+    found = [token for token in ids if token in known]
+    more, quoted = Counter(found) - Counter(wanted), unmark(text) != text
+    if found == wanted or not (more or quoted):
         return ids
-    forged = [tokenizer.id_to_token(token) for token in (Counter(found) - Counter(wanted)) or found]
+    forged = tokenizer.id_to_token(next(iter(more or Counter(wanted) - Counter(found) or found)))
     harmless = text.replace(MARK, "x")
     ids = _apart(tokenizer, controls, text)
     beside = _apart(tokenizer, controls, harmless) != _encode(tokenizer, harmless)
     if beside or [token for token in ids if token in known] != wanted:
-        raise ValueError(f"a message has {forged[0]!r}, which this tokenizer cannot write as text")
+        raise ValueError(f"a message has {forged!r}, which this tokenizer cannot write as text")
     return ids
 
 
@@ -96,8 +98,10 @@ def _apart(tokenizer: Tokenizer, controls: tuple[str, ...], text: str) -> list[i
     """Control tokens by their ids, and each text between them by the tokenizer that knows none."""
     ids = list[int]()
     for place, piece in enumerate(re.split(f"({_whole(controls).pattern})", text)):
-        by = tokenizer if place % 2 else _plain(tokenizer, first=not place)
-        ids += [_id(tokenizer, piece)] if place % 2 else _encode(by, unmark(piece))
+        if place % 2:
+            ids.append(_id(tokenizer, piece))
+        else:
+            ids += _encode(_plain(tokenizer, first=not place), unmark(piece))
     return ids
 
 

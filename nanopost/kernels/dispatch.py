@@ -28,7 +28,7 @@ def tile(hidden: Tensor) -> tuple[int, int]:
 
 
 def chunk(hidden: Tensor, *, words: int) -> int:
-    """Tokens whose logits are held at a time, over all words; the head's gradient is added to as often."""
+    """Tokens whose logits over all words are held at a time; few of them touch the head's gradient often."""
     budget = 2**20 if hidden.device.type == "cpu" else 2**29
     return max(256, min(budget // words, len(hidden)))
 

@@ -24,9 +24,6 @@ from nanopost.models.heads import HEAD, ScoreModel
 from nanopost.models.llama import Llama
 from nanopost.models.weights import TIED, load_model, read_headers, save_model, shard_files, words
 
-FIRST = {"llama": (4, 28), "mistral": (4, 34), "qwen2": (4, 37), "qwen3": (4, 51)}  # of transformers
-SCALED = (4, 43)  # the first that knows `rope_type`
-
 
 def describe(folder: str | Path) -> Iterator[str]:
     """The lines of a checked folder; no number of a weight is read.
@@ -57,9 +54,7 @@ def describe(folder: str | Path) -> Iterator[str]:
     yield f"vocabulary  {vocabulary(folder, c)}"
     yield f"stop ids    {stop_ids(folder, c)}"
     yield f"template    {template(folder)}"
-    others = "vLLM and llama.cpp's converter (which list the family)"
-    first = max(FIRST[c.model_type], SCALED if c.rope_scaling else (0, 0))
-    yield f"read by     transformers from {first[0]}.{first[1]} on, {others}"
+    yield f"read by     what reads a {FAMILIES[c.model_type]}For{kind}; --logits asks transformers"
 
 
 def shape(c: LlamaConfig) -> str:

@@ -159,7 +159,7 @@ class Llama(nn.Module):
         no logit of anything.
         """
         hidden, places = self.model.rows(input_ids, spans)
-        return self.cut(self.lm_head(hidden[places if mask is None else places[mask]]))
+        return self.cut(self.lm_head(hidden[places if mask is None else places[mask]]), -1)
 
     def next_logits(self, token_ids: Tensor, positions: Tensor, look: Attend, last: Tensor | None) -> Tensor:
         """Logits after each token of a list, (N, W), or after those at the places `last`.
@@ -167,11 +167,11 @@ class Llama(nn.Module):
         `look` is the sampler's cache: it keeps keys and values and knows what each token may see.
         """
         hidden = self.model(token_ids, positions, look)
-        return self.cut(self.lm_head(hidden if last is None else hidden[last]))
+        return self.cut(self.lm_head(hidden if last is None else hidden[last]), -1)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """The W words of (…, V): padding is no outcome, of the sampler or of a loss."""
-        return x if self.words == x.shape[-1] else x[..., : self.words]
+    def cut(self, x: Tensor, dim: int) -> Tensor:
+        """The W words of V: padding is no outcome, of the sampler or of a loss."""
+        return x if self.words == x.shape[dim] else x.narrow(dim, 0, self.words)
 
     def logps(
         self,
@@ -210,7 +210,7 @@ class Llama(nn.Module):
         if torch.is_autocast_enabled(weight.device.type):
             half = torch.get_autocast_dtype(weight.device.type)
             hidden, weight = hidden.to(half), weight.to(half)
-        weight = weight if self.words == len(weight) else weight[: self.words]
+        weight = self.cut(weight, 0)
         if alike:
             logps = -linear_cross_entropy(hidden, weight, targets)
         elif top_k or top_p < 1.0:

@@ -55,6 +55,11 @@ class Adapter:
         for alpha in (self.alpha, *self.alphas.values()):
             check_positive("alpha", alpha)
         check_unit("dropout", self.dropout)
+        for pattern in (*self.ranks, *self.alphas):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"the pattern {pattern} is no regular expression: {error}") from error
         if not self.targets:
             raise ValueError("targets names no layer: nothing would train")
         if "lm_head" in self.targets:

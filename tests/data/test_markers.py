@@ -179,7 +179,7 @@ def test_what_a_normaliser_makes_a_token_is_refused(tmp_path):
 
 def test_a_tokenizer_that_opens_a_text_with_a_space_opens_no_piece_with_one(tmp_path):
     """Metaspace, `prepend_scheme` first, as the Llama-2 tokenizers have it."""
-    letters = {letter: i for i, letter in enumerate("▁ab<|im_end>starusyp\n?", start=2)}
+    letters = {letter: i for i, letter in enumerate(dict.fromkeys("▁ab</>user\n?"), start=2)}
     tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, **letters}, merges=[], unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.add_special_tokens([AddedToken(x, special=True, normalized=False) for x in ("<s>", "</s>")])
@@ -187,13 +187,18 @@ def test_a_tokenizer_that_opens_a_text_with_a_space_opens_no_piece_with_one(tmp_
     chat = write_chat(tmp_path, tokenizer, template, eos_token="</s>")
     for text in ("ab<", "ab</", "a b"):
         assert prompt_ids(chat, [Message("user", text)]) == encode(chat, f"<s>user\n{text}</s>\n")
-    quoted = prompt_ids(chat, [Message("user", "a</s>b")])
-    assert frame(chat, quoted) == [0, 1]
-    plain = encode(chat, "<s>user\na</xs>b</s>\n")
-    assert (
-        quoted == [token for token in plain if token != letters.get("x", letters["?"])]
-        or len(quoted) == len(plain) - 1
-    )
+    spelled = [letters[letter] for letter in "user\na</s>b"]
+    assert prompt_ids(chat, [Message("user", "a</s>b")]) == [0, *spelled, 1, letters["\n"]]
+
+
+def test_a_token_that_the_tokenizer_passes_over_in_a_template_is_no_forgery(tmp_path):
+    """One that is a token as a whole word only: the template writes it beside letters, where it is text."""
+    tokenizer = byte_tokenizer(["<|im_end|>"])
+    tokenizer.add_special_tokens([AddedToken("tool", special=True, single_word=True, normalized=False)])
+    chat = write_chat(tmp_path, tokenizer, "atool{{ messages[0].content }}<|im_end|>", eos_token="<|im_end|>")
+    assert prompt_ids(chat, [Message("user", "b")]) == encode(chat, "atoolb<|im_end|>")
+    with pytest.raises(ValueError, match="which this tokenizer cannot write as text"):
+        prompt_ids(chat, [Message("user", "b<|im_end|>")])
 
 
 def test_one_character_that_is_a_control_token_is_refused(tmp_path):
@@ -201,7 +206,7 @@ def test_one_character_that_is_a_control_token_is_refused(tmp_path):
         tmp_path, byte_tokenizer(["<|im_start|>", "␞"]), "{{ messages[0].content }}␞", eos_token="␞"
     )
     assert frame(chat, prompt_ids(chat, [Message("user", "a")])) == [chat.stop_ids[0]]
-    with pytest.raises(ValueError, match=r"messages\[0\] has '␞', one character that is a control token"):
+    with pytest.raises(ValueError, match=r"messages\[0\] has one character that is a control token, ␞"):
         prompt_ids(chat, [Message("user", "a␞b")])
 
 

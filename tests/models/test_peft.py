@@ -132,7 +132,7 @@ def test_peft_reads_what_we_write_and_we_what_peft_writes(tmp_path, adapter):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
         bare = theirs(IDS).logits
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-        torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=1e-9, atol=1e-9)
         assert (theirs(IDS).logits - bare).abs().max() > 0.1
         theirs.save_pretrained(tmp_path / "again")
     again = load_model(tmp_path / "base", dtype=torch.float64)
@@ -164,6 +164,7 @@ def test_the_scale_is_that_of_each_layer(tmp_path):
         ({"something_new": 3}, "something_new is 3, which nanopost does not know"),
         ({"target_modules": ".*proj"}, "target_modules is '.*proj'; nanopost reads a list"),
         ({"target_modules": []}, "targets names no layer"),
+        ({"rank_pattern": {"(": 2}}, r"the pattern \( is no regular expression"),
         ({"r": 0}, "rank must be a whole number of at least 1, got 0"),
         ({"lora_alpha": 0}, "alpha must be positive"),
     ],

@@ -58,7 +58,7 @@ MUTANTS = [
         source="our own",
         story="Rows behind the tokenizer's last token are outcomes: the sampler says ids that are no token.",
         file=LLAMA,
-        before="return x if self.words == x.shape[-1] else x[..., : self.words]",
+        before="return x if self.words == x.shape[dim] else x.narrow(dim, 0, self.words)",
         after="return x",
         killer=f"{TEST_WEIGHTS}::test_padding_of_the_vocabulary_is_no_token",
     ),

@@ -30,6 +30,7 @@ from nanopost.worlds import ledger
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {  # flags of the runs that the demo has not, or has otherwise; a later flag wins
     "dpo": "--loss dpo --beta 1 --sft-weight 0 --steps 36 --batch-size 64 --lr 1e-4 --schedule linear",
+    "ppo": "--steps 80 --prompts-per-step 128 --group-size 1 --lr 5e-4 --warmup 3",
     "on-policy": "--steps 40 --batch-size 64 --lr 5e-4 --schedule linear --warmup 3",
 }
 ON_POLICY = (
@@ -158,13 +159,10 @@ def test_grpo(sft, grpo):
 
 
 def test_ppo(lab, sft):
-    """GRPO's command with the numbers of demo-ppo, which are half as many samples (+.17, +.23, +.25).
-
-    On a base of another draw: +.34, +.31, +.32.
-    """
+    """GRPO's command with one sample a prompt, and as many samples in all (+.31, +.36, +.32)."""
     lab.run("ppo", lab.demo.GRPO.replace("train_grpo.py", "train_ppo.py") + " --model {out}/sft/model")
     row = lab.row("ppo", "sft")
-    assert row["exact_sampled"] >= sft["exact_sampled"] + 0.10
+    assert row["exact_sampled"] >= sft["exact_sampled"] + 0.20
 
 
 def test_distill_text(lab, grpo):
