@@ -58,11 +58,11 @@ def render_marked(
         kept = f"(?!{allowed.pattern})" if message.role == "assistant" else ""
         split.append(_broken(message, re.compile(f"{kept}(?:{firsts})")))
     text = render(marked)
-    if split != list(messages) and (found := _frame(special, text)) != (
-        bare := _frame(special, render(split))
-    ):
-        made = [*(Counter(found) - Counter(bare)), *(Counter(bare) - Counter(found))]
-        raise ValueError(f"the chat template makes {made[0]!r} out of what messages say")
+    if split != list(messages):
+        found, bare = _frame(special, text), _frame(special, render(split))
+        if found != bare:
+            made = [*(Counter(found) - Counter(bare)), *(Counter(bare) - Counter(found)), *found]
+            raise ValueError(f"the chat template makes {made[0]!r} out of what messages say")
     return text
 
 

@@ -85,8 +85,8 @@ MUTANTS = [
         source="our own",
         story="What one content begins the next one completes, where the template writes them together.",
         file=MARKERS,
-        before="if split != list(messages) and",
-        after="if False and",
+        before="if found != bare:",
+        after="if False:",
         killer=f"{TEST_MARKERS}::test_a_template_that_makes_a_token_of_pieces_is_refused",
     ),
     Mutant(
