@@ -18,7 +18,6 @@ rollout_s; teacher logits are never stored. Delta to GKD (Agarwal et al. 2024): 
 
 import time
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +32,9 @@ from nanopost.data.schema import Record, Sample, read_jsonl
 from nanopost.evals.candidates import write_lines
 from nanopost.evals.reference import data_id
 from nanopost.evals.teacher import check_tokenizers, fitting_prompts, name_teachers, text_lines, top_k_kl
-from nanopost.models.weights import load_config, load_model, random_model, save_model
-from nanopost.report import write_report
+from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, training
+from nanopost.models.weights import load_config, load_model
+from nanopost.report import offer_report
 from nanopost.rollout.sampler import row_uniforms, sample
 
 DIVERGENCES = {"forward": losses.forward_kl, "reverse": losses.reverse_kl, "jsd": losses.generalized_jsd}
@@ -58,8 +58,8 @@ RANGES = {  # what a number must be, where it is read; the losses refuse the end
 
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Config(LoRA):
     mode: Literal["text", "logits", "on-policy"]  # what the student learns from
     model: Path  # the student: folder in hub format to start from
     data: Path  # JSONL: chats; with text and a teacher, and with on-policy, their prompts alone
@@ -128,6 +128,7 @@ def main(cfg: Config) -> None:
             distributed.main_print("the teacher reads the student's chat template, which is not its own")
     env = {"template": chat.version, "teachers": name_teachers(cfg.teacher, records, decoding)}
     env |= {"mode": cfg.mode, "divergence": cfg.divergence, "data": data_id(cfg.data) if decoding else None}
+    env |= {"adapter": adapter_id(cfg.model, cfg)}
     run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def main(cfg: Config) -> None:
     train, held_out = tasks_of(records), tasks_of(read_jsonl(cfg.eval_data)) if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    policy = random_model(cfg.model, seed=cfg.seed) if cfg.from_scratch else load_model(cfg.model)
+    policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)
     teacher = None if cfg.mode == "text" else load_model(cfg.teacher).to(device).requires_grad_(False).eval()
     hidden: dict[str, Tensor] = {}
 
@@ -258,7 +259,7 @@ def main(cfg: Config) -> None:
         return {f"eval_{name}": value for name, value in distributed.all_sum(total).items()}
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}")
+    distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{training(policy)}")
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))
@@ -289,9 +290,8 @@ def main(cfg: Config) -> None:
         weights.pop("model.projection", None)
         with checkpoint.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
-            save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
-        page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
-        print(f"model: {run / 'model'}\nreport: {page}")
+            save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
+        print(f"model: {run / 'model'}\nreport: {offer_report(run)}")
     distributed.teardown()
 
 

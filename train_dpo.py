@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,8 +36,9 @@ from nanopost.data.preference_samples import completion_sample, preference_sampl
 from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Sample
 from nanopost.evals.reference import Example, fixed_logps, mismatched, sample_id
 from nanopost.evals.rollouts import completion_logps
-from nanopost.models.weights import load_config, load_model, save_model
-from nanopost.report import write_report
+from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, training
+from nanopost.models.weights import load_config, load_model
+from nanopost.report import offer_report
 
 
 class Loss(NamedTuple):
@@ -66,8 +66,8 @@ while both sides fall: the mass moves to texts that nobody compared. --sft-weigh
 
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Config(LoRA):
     model: Path  # folder in hub format to start from
     data: Path  # JSONL of pairs (prompt, chosen, rejected, …); kto reads single labelled completions too
     out: Path = Path("runs/dpo")  # run folder: metrics, log-probs, states, model
@@ -129,7 +129,8 @@ def main(cfg: Config) -> None:
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
-    run = metrics.open_run(cfg.out, cfg, env={"template": chat.version, "loss": cfg.loss}, resume=cfg.resume)
+    env = {"template": chat.version, "loss": cfg.loss, "adapter": adapter_id(cfg.model, cfg)}
+    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     context = min(load_config(folder).max_position_embeddings for folder in (cfg.model, ref_model))
@@ -158,7 +159,7 @@ def main(cfg: Config) -> None:
     train, held_out = examples_of(cfg.data), examples_of(cfg.eval_data) if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    policy = distributed.shard(load_model(cfg.model).to(device))
+    policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed).to(device))
     samples = [sample for e in train + held_out for sample in (*e.samples, *e.others)]
     distributed.main_print(f"{len(samples)} completions, scored once: {run / 'logps'} has their log-probs")
 
@@ -256,7 +257,7 @@ def main(cfg: Config) -> None:
         return {f"eval_{name}": value for name, value in line_of(sums, counts).items()}
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}")
+    distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{training(policy)}")
     fell = any((record["chosen_change"] or 0.0) < -TIE for record in metrics.read_records(run))
     for step in range(first, steps):
         start = time.perf_counter()
@@ -289,9 +290,8 @@ def main(cfg: Config) -> None:
     if distributed.is_main():
         with checkpoint.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
-            save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
-        page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
-        print(f"model: {run / 'model'}\nreport: {page}")
+            save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
+        print(f"model: {run / 'model'}\nreport: {offer_report(run)}")
     distributed.teardown()
 
 

@@ -18,7 +18,6 @@ deviation, a mean over all tokens of the step instead of one per answer, a wider
 import time
 from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -35,8 +34,9 @@ from nanopost.evals.rollouts import completion_logps, rollout_record, trace
 from nanopost.losses import aggregate, kl_estimate, local_denom, overlong_penalty, policy_ratio
 from nanopost.losses.advantages import informative_groups
 from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
-from nanopost.models.weights import load_config, load_model, save_model
-from nanopost.report import write_report
+from nanopost.models.trainable import LoRA, adapter_id, load_policy, load_reference, save_policy, training
+from nanopost.models.weights import load_config
+from nanopost.report import offer_report
 from nanopost.rewards.math import gsm8k, math_reward
 from nanopost.rollout.sampler import row_uniforms, sample
 from nanopost.worlds import ledger
@@ -46,8 +46,8 @@ Task = tuple[list[int], Record]  # the prompt's tokens, and the record they come
 
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Config(LoRA):
     model: Path  # folder in hub format to start from
     data: Path  # JSONL of prompts with answers
     verifier: Literal["gsm8k", "math", "ledger"]  # what scores a completion against the record's answer
@@ -104,7 +104,7 @@ def main(cfg: Config) -> None:
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
-    env = {"template": chat.version}
+    env = {"template": chat.version, "adapter": adapter_id(cfg.model, cfg)}
     run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
@@ -129,9 +129,9 @@ def main(cfg: Config) -> None:
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    policy = distributed.shard(load_model(cfg.model).to(device))
+    policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed).to(device))
     trained = policy  # what the optimiser moves and a state holds
-    reference = distributed.shard(load_model(ref_model).to(device).requires_grad_(False))
+    reference = distributed.shard(load_reference(cfg.ref_model, cfg.model, cfg, seed=cfg.seed).to(device))
     optimizer = optim.adamw(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, trained, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)
@@ -186,7 +186,7 @@ def main(cfg: Config) -> None:
         return {name: total / len(held_out) for name, total in totals.items()}
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps")
+    distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps{training(policy)}")
     if variant.surrogate == "clip":
         distributed.main_print("loss is near 0, its gradient is not: advantages sum to 0; watch the reward")
     size, clock, part_size = cfg.group_size, {}, cfg.prompts_per_step // cfg.minibatches
@@ -289,9 +289,8 @@ def main(cfg: Config) -> None:
     if distributed.is_main():
         with checkpoint.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
-            save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
-        page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
-        print(f"model: {run / 'model'}\nreport: {page}")
+            save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
+        print(f"model: {run / 'model'}\nreport: {offer_report(run)}")
     distributed.teardown()
 
 

@@ -17,7 +17,6 @@ Delta to Ouyang et al. 2022: A whitened over the step, γ = 1, no pre-training, 
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -34,8 +33,8 @@ from nanopost.evals import ppo
 from nanopost.evals.rollouts import completion_logps, rollout_record
 from nanopost.losses import aggregate, kl_estimate, local_denom, policy_ratio, value_loss, whiten
 from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
-from nanopost.models.weights import load_config, load_model, save_model
-from nanopost.report import write_report
+from nanopost.models.trainable import LoRA, adapter_id, load_reference, save_policy, training
+from nanopost.report import offer_report
 from nanopost.rewards.math import gsm8k, math_reward
 from nanopost.rollout.sampler import row_uniforms, sample
 from nanopost.worlds import ledger
@@ -45,8 +44,8 @@ Task = tuple[list[int], Record]  # the prompt's tokens, and the record they come
 
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Config(LoRA):
     model: Path  # folder in hub format to start from
     data: Path  # JSONL of prompts with answers
     verifier: Literal["gsm8k", "math", "ledger"] | None = None  # what scores a completion against its answer
@@ -102,14 +101,13 @@ def main(cfg: Config) -> None:
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
-    env = {"template": chat.version}
+    env = {"template": chat.version, "adapter": adapter_id(cfg.model, cfg)}
     env |= ppo.name_reward_model(cfg.reward_model, chat, tell=distributed.main_print)
     run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     verify = ppo.rewarded(VERIFIERS.get(cfg.verifier), reward_model=cfg.reward_model)
-    longest = min(load_config(folder).max_position_embeddings for folder in (cfg.model, ref_model))
-    longest = min([longest, *ppo.contexts(cfg.critic, cfg.reward_model)])
+    longest = min(ppo.contexts(cfg.model, ref_model, cfg.critic, cfg.reward_model))
 
     def task_of(record: Record) -> Task:
         """The prompt's tokens; what cannot be sampled or verified is refused here, before the first step."""
@@ -126,10 +124,11 @@ def main(cfg: Config) -> None:
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    policy, critic = (distributed.shard(m.to(device)) for m in ppo.load_pair(cfg.model, cfg.critic, chat))
+    pair = ppo.load_pair(cfg.model, cfg.critic, chat, cfg, seed=cfg.seed)
+    policy, critic = (distributed.shard(model.to(device)) for model in pair)
     scorer = cfg.reward_model and distributed.shard(ppo.load_scorer(cfg.reward_model, chat).to(device))
     trained = ppo.together(policy, critic, beta=variant.beta)  # what the optimiser moves and a state holds
-    reference = distributed.shard(load_model(ref_model).to(device).requires_grad_(False))
+    reference = distributed.shard(load_reference(cfg.ref_model, cfg.model, cfg, seed=cfg.seed).to(device))
     optimizer = optim.adamw(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, trained, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)
@@ -183,7 +182,7 @@ def main(cfg: Config) -> None:
         return {name: total / len(held_out) for name, total in totals.items()}
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps")
+    distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps{training(policy)}")
     if variant.surrogate == "clip":
         distributed.main_print("loss is near 0, its gradient is not: advantages sum to 0; watch the reward")
     size, clock, part_size = cfg.group_size, {}, cfg.prompts_per_step // cfg.minibatches
@@ -287,11 +286,11 @@ def main(cfg: Config) -> None:
     if distributed.is_main():
         with checkpoint.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
-            save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
+            save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
         with checkpoint.atomic_folder(run / "critic") as folder:
-            ppo.save_critic(critic.config, value_weights, folder, chat=cfg.model, stop_ids=chat.stop_ids)
-        page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
-        print(f"model: {run / 'model'}\nreport: {page}")
+            options = {"base": cfg.critic, "chat": cfg.model, "stop_ids": chat.stop_ids}
+            ppo.save_critic(critic, value_weights, folder, **options)
+        print(f"model: {run / 'model'}\nreport: {offer_report(run)}")
     distributed.teardown()
 
 

@@ -21,7 +21,6 @@ InstructGPT (Ouyang et al. 2022, eq. 1): every pair stands alone, and rewards ar
 import json
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,8 +36,9 @@ from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Ratings
 from nanopost.evals import audit
 from nanopost.losses import aggregate, attribute_loss, bradley_terry_loss, process_reward_loss
 from nanopost.models.heads import load_score_model, save_score_model
+from nanopost.models.trainable import LoRA, adapt, adapter_id, four_bits, plain_weights, training
 from nanopost.models.weights import load_config
-from nanopost.report import write_report
+from nanopost.report import offer_report
 
 KINDS = {"pairs": Preference, "attributes": Ratings, "steps": Steps, "outcomes": Labelled}
 SCORES = dict.fromkeys(KINDS, ("correct",)) | {"pairs": ("reward",), "attributes": ATTRIBUTES}  # their names
@@ -47,8 +47,8 @@ Losses = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]  # losses, w
 
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Config(LoRA):
     model: Path  # folder in hub format to start from
     data: Path  # JSONL of preference records of the kind that `labels` says
     labels: Literal["pairs", "attributes", "steps", "outcomes"]  # what the records say about answers
@@ -94,9 +94,8 @@ def main(cfg: Config) -> None:
     if cfg.audit and not audited:
         raise ValueError(f"audit={cfg.audit} compares whole answers, labels={cfg.labels} does not score them")
     chat = load_chat(cfg.model)
-    run = metrics.open_run(
-        cfg.out, cfg, env={"template": chat.version, "labels": cfg.labels}, resume=cfg.resume
-    )
+    env = {"template": chat.version, "labels": cfg.labels, "adapter": adapter_id(cfg.model, cfg)}
+    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     context = load_config(cfg.model).max_position_embeddings
@@ -153,8 +152,8 @@ def main(cfg: Config) -> None:
     audit_examples, audited = [example_of(pair) for pair in audit_pairs], bool(audit_pairs)
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    model = load_score_model(cfg.model, labels=len(SCORES[cfg.labels]))
-    model = distributed.shard(model.to(device))
+    model = load_score_model(cfg.model, labels=len(SCORES[cfg.labels]), four_bits=four_bits(cfg))
+    model = distributed.shard(adapt(model, cfg, seed=cfg.seed).to(device))
     optimizer = optim.adamw(model, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, model, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)
@@ -224,7 +223,7 @@ def main(cfg: Config) -> None:
         return audit.label_evaluation(scores.flatten(), labels.flatten(), tokens)
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}")
+    distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{training(model)}")
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))
@@ -275,9 +274,9 @@ def main(cfg: Config) -> None:
         with checkpoint.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
             names = {"stop_ids": chat.stop_ids, "labels": SCORES[cfg.labels]}
-            save_score_model(model.config, weights, folder, **names)
-        page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
-        print(f"model: {run / 'model'}\nreport: {page}")
+            plain = plain_weights(model, weights, folder, base=cfg.model)
+            save_score_model(model.config, plain, folder, **names)
+        print(f"model: {run / 'model'}\nreport: {offer_report(run)}")
     distributed.teardown()
 
 

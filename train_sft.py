@@ -15,7 +15,6 @@ conversations, and N counts all micro-batches and ranks, so neither can change t
 
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -27,13 +26,14 @@ from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample, read_jsonl
 from nanopost.losses import aggregate, sft_loss
-from nanopost.models.weights import load_config, load_model, random_model, save_model
-from nanopost.report import write_report
+from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, training
+from nanopost.models.weights import load_config
+from nanopost.report import offer_report
 
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Config(LoRA):
     model: Path  # folder in hub format to start from
     data: Path  # JSONL: messages, prompt + completion, question + answer, or text
     out: Path = Path("runs/sft")  # run folder: metrics, states, model
@@ -70,7 +70,8 @@ def main(cfg: Config) -> None:
     if cfg.batch_size % ranks:
         raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the number of ranks ({ranks})")
     chat = load_chat(cfg.model)
-    run = metrics.open_run(cfg.out, cfg, env={"template": chat.version}, resume=cfg.resume)
+    env = {"template": chat.version, "adapter": adapter_id(cfg.model, cfg)}
+    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     context = load_config(cfg.model).max_position_embeddings
@@ -92,7 +93,7 @@ def main(cfg: Config) -> None:
     held_out = samples_of(cfg.eval_data) if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    policy = random_model(cfg.model, seed=cfg.seed) if cfg.from_scratch else load_model(cfg.model)
+    policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)
     policy = distributed.shard(policy.to(device))
     optimizer = optim.adamw(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, policy, optimizer) if cfg.resume else 0
@@ -131,7 +132,7 @@ def main(cfg: Config) -> None:
         return total / count
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}")
+    distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{training(policy)}")
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))
@@ -168,9 +169,8 @@ def main(cfg: Config) -> None:
     if distributed.is_main():
         with checkpoint.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
-            save_model(policy.config, weights, folder, stop_ids=chat.stop_ids)
-        page = write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
-        print(f"model: {run / 'model'}\nreport: {page}")
+            save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
+        print(f"model: {run / 'model'}\nreport: {offer_report(run)}")
     distributed.teardown()
 
 

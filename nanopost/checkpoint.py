@@ -75,7 +75,8 @@ def save_state(
     Args:
         run: the run folder.
         step: steps taken so far, which is the number of the next one.
-        model: as built or sharded; tied weights are written once. All ranks call, rank 0 writes.
+        model: as built or sharded; tied weights are written once, frozen ones not at all. All ranks call,
+            rank 0 writes.
         optimizer: built over the model's parameters.
         keep: how many states stay, the newest ones, ≥ 1.
     Raises:
@@ -87,7 +88,7 @@ def save_state(
     strangers = sum(p not in names for group in optimizer.param_groups for p in group["params"])
     if strangers:
         raise ValueError(f"optimizer: {strangers} parameters are not the model's (build it after shard)")
-    weights = full_state(model)
+    weights = {name: _full(tensor) for name, tensor in _moving(model).items()}
     moments: Tensors = {}
     numbers: dict[str, Any] = {}
     for parameter, name in names.items():
@@ -129,7 +130,7 @@ def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimiz
     folder = states[-1]
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
-    own = _state(model)
+    own = _moving(model)
     _same(folder, "shape of", _shapes(own), _shapes(weights))
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
@@ -153,7 +154,13 @@ def _state(model: nn.Module) -> Tensors:
     tensors = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         first.setdefault(tensor, name)
-    return {name: tensors[name].detach() for name in first.values()}
+    return {name: tensors[name] for name in first.values()}
+
+
+def _moving(model: nn.Module) -> Tensors:
+    """Those that training moves: frozen parameters are where the configuration says."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in _state(model).items() if name not in frozen}
 
 
 def _shapes(tensors: Tensors) -> dict[str, list[int]]:

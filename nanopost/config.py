@@ -25,4 +25,8 @@ def parse(Config: type[C], argv: Sequence[str] | None = None) -> C:
     """
     import tyro
 
+    fields = Config.__dataclass_fields__  # type: ignore[attr-defined]
+    for base in Config.__mro__[1:]:  # what scripts share comes last on the screen
+        for name in getattr(base, "__dataclass_fields__", {}):
+            fields[name] = fields.pop(name)
     return tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone))

@@ -11,6 +11,7 @@ need the extra `report`.
 import itertools
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ RATES: tuple[str, ...] = ("strict_json", "exact_greedy", "exact_sampled", "refus
 RATES += ("refusal_recall", "worked", "verified", "win_rate", "length_controlled_win_rate")
 # Control characters have no place in HTML; their pictures have.
 CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {127: "␡"}
+
+
+def offer_report(run: Path | str) -> Path | str:
+    """`write_report` at the end of a script: the path of the page, or how to get one without matplotlib."""
+    return write_report(run) if find_spec("matplotlib") else 'none without pip install "nanopost[report]"'
 
 
 def write_report(folder: Path | str) -> Path:

@@ -15,7 +15,7 @@ def write_lines(path: Path, records: list[dict]) -> Path:
     return path
 
 
-def digit_policy(folder: Path) -> tuple[Path, Path]:
+def digit_policy(folder: Path, **changes) -> tuple[Path, Path]:
     """A model that fine-tuning has taught to say 3 or 7, at random, and prompts whose answer is 7."""
     prompts = [{"role": "user", "content": f"{a} {b}"} for a in WORDS for b in WORDS]
     chats = [
@@ -24,7 +24,8 @@ def digit_policy(folder: Path) -> tuple[Path, Path]:
         for digit in "37"
     ]
     data = write_lines(folder / "sft.jsonl", chats)
-    command = ["train_sft.py", "--model", hub_folder(folder / "hub"), "--data", data, "--out", folder / "sft"]
+    hub = hub_folder(folder / "hub", **changes)
+    command = ["train_sft.py", "--model", hub, "--data", data, "--out", folder / "sft"]
     flags = ["--steps", "60", "--batch-size", "24", "--lr", "1e-2", "--warmup", "5", "--threads", "1"]
     run_script([*map(str, command), *flags], ranks=1)
     tasks = [{"messages": [prompt], "answer": "7"} for prompt in prompts]

@@ -48,7 +48,7 @@ def tiny_model(
     return model
 
 
-def hub_folder(folder: Path, *, max_position_embeddings: int = 256, seed: int = 0) -> Path:
+def hub_folder(folder: Path, *, max_position_embeddings: int = 256, seed: int = 0, **changes) -> Path:
     """A small Llama folder as the hub has them: config, random weights, tokenizer, ChatML template."""
     chat = make_chat(folder)
     config = dataclasses.replace(
@@ -56,6 +56,7 @@ def hub_folder(folder: Path, *, max_position_embeddings: int = 256, seed: int = 
         vocab_size=chat.tokenizer.get_vocab_size(),
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=True,
+        **changes,
     )
     write_config(config, folder, dtype=torch.float32, stop_ids=chat.stop_ids)
     model = random_model(folder, seed=seed)

@@ -1,21 +1,18 @@
 """What PPO needs beyond GRPO: a critic beside the policy, its values, a reward model's scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from nanopost.data.chat import Chat, copy_chat, load_chat
 from nanopost.data.collate import collate
 from nanopost.data.schema import Record, Sample
-from nanopost.evals.reference import weights_id
 from nanopost.evals.rollouts import completion_scores
 from nanopost.evals.verifier import Verifier
-from nanopost.models.config import LlamaConfig
 from nanopost.models.heads import (
     HEAD,
     ActorCritic,
@@ -25,7 +22,8 @@ from nanopost.models.heads import (
     save_score_model,
 )
 from nanopost.models.llama import Llama
-from nanopost.models.weights import load_config, load_model, shard_files
+from nanopost.models.trainable import LoRA, adapt, four_bits, load_policy, plain_weights
+from nanopost.models.weights import load_config, read_headers, weights_id
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
 
@@ -44,7 +42,7 @@ def load_scorer(folder: str | Path, chat: Chat) -> ScoreModel:
             model: every reward would be 0; it has more than one score; what `load_score_model` refuses.
     """
     model = load_critic(folder, chat)
-    if not any(HEAD in _names(path) for path in shard_files(Path(folder))):
+    if HEAD not in read_headers(folder):
         raise ValueError(
             f"{folder}: no tensor {HEAD}: a language model has no score to give, every reward would be 0; "
             f"train a reward model (train_reward.py --model DIR)"
@@ -52,12 +50,13 @@ def load_scorer(folder: str | Path, chat: Chat) -> ScoreModel:
     return model
 
 
-def load_critic(folder: str | Path, chat: Chat) -> ScoreModel:
+def load_critic(folder: str | Path, chat: Chat, *, quantised: Collection[str] = ()) -> ScoreModel:
     """A model with one score, which reads a policy's token ids; on a language model's folder the head is 0.
 
     Args:
         folder: of a score model or of a language model.
         chat: the policy's.
+        quantised: the layers to keep in four bits.
 
     Raises:
         ValueError: as `load_scorer`, but for the language model.
@@ -67,12 +66,7 @@ def load_critic(folder: str | Path, chat: Chat) -> ScoreModel:
             f"{folder}: its tokenizer is not that of {chat.folder}, so it would read other text; train a "
             f"score model that starts from a model with the policy's tokenizer (train_reward.py --model DIR)"
         )
-    return load_score_model(folder, labels=1)
-
-
-def _names(path: Path) -> set[str]:
-    with safe_open(path, framework="pt") as file:
-        return set(file.keys())
+    return load_score_model(folder, labels=1, four_bits=quantised)
 
 
 def name_reward_model(
@@ -102,7 +96,7 @@ def contexts(*folders: str | Path | None) -> list[int]:
 
 
 def load_pair(
-    folder: str | Path, critic: str | Path | None, chat: Chat
+    folder: str | Path, critic: str | Path | None, chat: Chat, flags: LoRA, *, seed: int
 ) -> tuple[Llama | ActorCritic, ScoreModel | ActorCritic]:
     """Policy and critic.
 
@@ -111,6 +105,7 @@ def load_pair(
         critic: None: a trunk of its own, which starts as the policy's; a folder: as that score model, or as
             that language model; "shared": the policy's trunk. A head that no folder has starts at 0.
         chat: the policy's.
+        flags, seed: of their adapters, where adapters train (`trainable.py`): each has one of its own.
 
     Returns:
         Two models, or one and the same twice when the trunk is shared.
@@ -119,9 +114,10 @@ def load_pair(
         ValueError: as `load_critic`.
     """
     if critic == "shared":
-        both = load_actor_critic(folder)
+        both = adapt(load_actor_critic(folder, four_bits=four_bits(flags)), flags, seed=seed)
         return both, both
-    return load_model(folder), load_critic(critic or folder, chat)
+    model = load_critic(critic or folder, chat, quantised=four_bits(flags))
+    return load_policy(folder, flags, seed=seed), adapt(model, flags, seed=seed)
 
 
 def together(policy: nn.Module, critic: nn.Module, *, beta: float) -> nn.ModuleDict:
@@ -143,11 +139,18 @@ def parted(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def save_critic(
-    config: LlamaConfig, weights: dict[str, Tensor], folder: Path, *, chat: Path, stop_ids: tuple[int, ...]
+    critic: ScoreModel | ActorCritic,
+    weights: dict[str, Tensor],
+    folder: Path,
+    *,
+    base: str | Path | None,
+    chat: Path,
+    stop_ids: tuple[int, ...],
 ) -> None:
-    """A folder that `load_score_model` and --critic read; `chat` is the folder to copy the tokenizer from."""
+    """A folder that `load_score_model` and --critic read; chat: the policy's folder, base: as --critic."""
     copy_chat(chat, folder)
-    save_score_model(config, weights, folder, stop_ids=stop_ids, labels=["value"])
+    weights = plain_weights(critic, weights, folder, base=base if isinstance(base, Path) else chat)
+    save_score_model(critic.config, weights, folder, stop_ids=stop_ids, labels=["value"])
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanopost.data.schema import Sample
-from nanopost.models.weights import shard_files
+from nanopost.models.weights import weights_id
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,6 @@ class Example:
 def sample_id(sample: Sample) -> str:
     """A sample's name by its content: 32 hex digits of a SHA-256 over ids and mask."""
     return hashlib.sha256(array("q", sample.ids).tobytes() + bytes(sample.mask)).hexdigest()[:32]
-
-
-def weights_id(folder: str | Path) -> str:
-    """The name of a hub folder's weights by their content: 32 hex digits of a SHA-256 over their files."""
-    digest = hashlib.sha256()
-    for path in shard_files(Path(folder)):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:32]
 
 
 def data_id(path: str | Path) -> str:

@@ -17,9 +17,9 @@ from nanopost.data.chat import (
     turn_tokens,
 )
 from nanopost.data.schema import Message, Record
-from nanopost.evals.reference import weights_id
 from nanopost.losses import top_k_forward_kl
 from nanopost.losses.checks import wide
+from nanopost.models.weights import weights_id
 from nanopost.rollout.types import Rollout
 
 

@@ -76,12 +76,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x = hidden if triton else wide(hidden)
         w, size = weight.to(x.dtype), dispatch.chunk(hidden, words=len(weight))
         buffer, losses = x.new_empty(size * len(w)), wide(x.new_empty(len(x)))
-        grad_hidden, grad_weight = torch.empty_like(x), wide(torch.zeros_like(w))
+        grad_hidden = torch.empty_like(x)
+        grad_weight = wide(torch.zeros_like(w)) if ctx.needs_input_grad[1] else None  # None: a frozen head
         with dispatch.fast_products(hidden):
             for part in (slice(i, i + size) for i in range(0, len(x), size)):
                 s = product(x[part], w, buffer)
                 losses[part] = (_fused if triton else _plain)(s, target_ids[part])
                 torch.mm(s, w, out=grad_hidden[part])
+                if grad_weight is None:
+                    continue
                 if s.dtype == grad_weight.dtype:
                     grad_weight.addmm_(s.T, x[part])
                 else:  # each product is rounded, their sum is not
@@ -91,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         if len(grad) and grad.min() < grad.max():  # neither with a NaN in it: that one goes through
             low, high = float(grad.min()), float(grad.max())
             raise ValueError(
@@ -99,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "mask tokens before it, or use linear_logps"
             )
         scale = grad.max() if len(grad) else 0.0  # NaN if one is
-        grad_hidden, grad_weight = (
-            (x * scale).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return grad_hidden, grad_weight, None
+        of_hidden, of_weight = ctx.saved_tensors
+        to_hidden, to_weight = ctx.dtypes
+        grad_weight = None if of_weight is None else (of_weight * scale).to(to_weight)
+        return (of_hidden * scale).to(to_hidden), grad_weight, None

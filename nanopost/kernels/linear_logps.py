@@ -96,6 +96,8 @@ class _LinearLogps(torch.autograd.Function):
         x, y, lse, h = (tensor[live] for tensor in (hidden, target_ids, logsumexps, entropies))
         path, scale = dispatch.head_path(hidden, weight), ctx.temperature
         with dispatch.fast_products(hidden):
-            some, grad_weight = path.backward(x, weight, y, scale, lse, h, tuple(grads[:, live]))
+            some, grad_weight = path.backward(
+                x, weight, y, scale, lse, h, tuple(grads[:, live]), trained=ctx.needs_input_grad[1]
+            )
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, live, some.to(hidden.dtype))
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None

@@ -147,7 +147,9 @@ def backward(
     logsumexp: Tensor,
     entropy: Tensor,
     upstream: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
+    *,
+    trained: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of the hidden states and of the head's matrix, from those of the three outputs.
 
         g_v = [a·(1[v = y] − p_v) − b·p_v·(log p_v + H) + c·p_v]/τ,   ∂L/∂h = g W,   ∂L/∂W = gᵀ h
@@ -160,10 +162,11 @@ def backward(
         hidden, weight, target_ids, temperature: as in `forward`.
         logsumexp, entropy: (N,), float32, what `forward` returned.
         upstream: a, b, c, each (N,).
+        trained: whether ∂L/∂W is asked for; under an adapter the head is frozen.
 
     Returns:
-        ∂L/∂h, (N, D), and ∂L/∂W, (V, D), in the dtype of h and W; nats per unit of h and W. A row without a
-        finite softmax sends 0 back.
+        ∂L/∂h, (N, D), and ∂L/∂W, (V, D), in the dtype of h and W, or None; nats per unit of h and W. A row
+        without a finite softmax sends 0 back.
 
     Raises:
         ValueError: as `forward`, and numbers of rows that differ.
@@ -180,12 +183,13 @@ def backward(
         check_shape(name, tensor, (len(hidden),))
     tile = hidden.new_empty(len(hidden), TILE)
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-    grad_weight = torch.empty_like(weight)
+    grad_weight = torch.empty_like(weight) if trained else None
     for start in range(0, len(weight), TILE):
         width = min(TILE, len(weight) - start)
         weight_tile, gradient = weight[start : start + width], tile[:, :width]
         torch.mm(hidden, weight_tile.T, out=gradient)
         _gradient_kernel[(len(hidden),)](tile, target_ids, *by_row, start, width, 1.0 / temperature, **LAUNCH)
-        torch.mm(gradient.T, hidden, out=grad_weight[start : start + width])
+        if grad_weight is not None:
+            torch.mm(gradient.T, hidden, out=grad_weight[start : start + width])
         grad_hidden += gradient @ weight_tile
     return grad_hidden.to(hidden.dtype), grad_weight

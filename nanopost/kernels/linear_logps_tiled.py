@@ -63,8 +63,12 @@ def backward(
     logsumexps: Tensor,
     entropies: Tensor,
     upstream: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
+    *,
+    trained: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of hidden and weight from those of the three outputs; every tile of logits is made anew.
+
+    The weight's is None where it is not `trained`: under an adapter the head is frozen.
 
     ∂/∂s_v = a (1[v = y] − p_v) − b p_v (log p_v + H) + c p_v,   (a, b, c) = upstream
     """
@@ -72,7 +76,7 @@ def backward(
     x = wide(hidden) / temperature
     a, b, c = (grad.to(x.dtype).unsqueeze(1) for grad in upstream)
     slope, bends = c - a - b * entropies.unsqueeze(1), bool(b.any())
-    grad_hidden, grad_weight = torch.zeros_like(x), x.new_zeros(weight.shape)
+    grad_hidden, grad_weight = torch.zeros_like(x), x.new_zeros(weight.shape) if trained else None
     buffer = x.new_empty(tokens * words)
     for start in range(0, len(weight), words):
         w, target = weight[start : start + words].to(x.dtype), target_ids - start
@@ -81,5 +85,6 @@ def backward(
             grad = torch.exp(s).mul_(slope[part] - b[part] * s) if bends else s.exp_().mul_(slope[part])
             add_at_targets(grad, target[part], a[part])
             grad_hidden[part].addmm_(grad, w)
-            grad_weight[start : start + words].addmm_(grad.T, x[part])
+            if grad_weight is not None:
+                grad_weight[start : start + words].addmm_(grad.T, x[part])
     return grad_hidden.div_(temperature), grad_weight

@@ -11,7 +11,7 @@ Tensor names are those of the hub's LlamaForSequenceClassification: `model.*` an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -90,7 +90,11 @@ class ActorCritic(Llama):
 
 
 def load_score_model(
-    folder: str | Path, *, labels: int | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    *,
+    labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    four_bits: Collection[str] = (),
 ) -> ScoreModel:
     """Read a score model's folder, or a language model's: its trunk, with a head of zeros.
 
@@ -98,13 +102,14 @@ def load_score_model(
         folder: in hub format; it holds a score model iff it has the tensor `score.weight`.
         labels: how many scores; None: as many as a score model has, 1 on a language model.
         dtype: of the weights in memory.
+        four_bits: as for `load_model`.
 
     Raises:
         ValueError: what `load_model` refuses; a score model with another number of labels.
     """
     config, entries = load_config(folder), read_headers(folder)
     if HEAD not in entries:
-        trunk = load_model(folder, dtype=dtype).model
+        trunk = load_model(folder, dtype=dtype, four_bits=four_bits).model
         with torch.device("meta"):
             model = ScoreModel(config, 1)
         model.model, model.score = trunk, zero_head(config, labels or 1, dtype=dtype)
@@ -116,7 +121,7 @@ def load_score_model(
         raise ValueError(f"{folder}: {HEAD} has {found} rows, config.json names {named} labels{wanted}")
     with torch.device("meta"):
         model = ScoreModel(config, found)
-    return fill(model, folder, dtype=dtype)
+    return fill(model, folder, dtype=dtype, four_bits=four_bits)
 
 
 def save_score_model(
@@ -158,9 +163,11 @@ def save_score_model(
     write_tensors(tensors, Path(folder))
 
 
-def load_actor_critic(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> ActorCritic:
+def load_actor_critic(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, four_bits: Collection[str] = ()
+) -> ActorCritic:
     """Read a language model's folder into an `ActorCritic`, its value head at 0."""
-    policy = load_model(folder, dtype=dtype)
+    policy = load_model(folder, dtype=dtype, four_bits=four_bits)
     with torch.device("meta"):
         model = ActorCritic(policy.config)
     model.model, model.lm_head = policy.model, policy.lm_head  # a tied head stays tied

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanopost.kernels.linear import linear
 from nanopost.losses.checks import check_count, check_positive, check_unit, wide
+from nanopost.models.nf4 import NF4Linear
 
 
 def lora_scale(rank: int, *, alpha: float, rank_stabilised: bool = False) -> float:
@@ -97,9 +99,17 @@ def lora_forward(
     scale = lora_scale(len(lora_A), alpha=alpha, rank_stabilised=rank_stabilised)
     dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), hidden.dtype)
     seen = hidden.to(dtype) if dropout == 0.0 else kept_by(hidden.to(dtype), uniforms, dropout)
-    update = F.linear(F.linear(seen, lora_A.to(dtype)), lora_B.to(dtype))
-    base = F.linear(hidden, weight, bias)
-    return (base + scale * update).to(base.dtype)
+    thin = F.linear(seen, lora_A.to(dtype))
+    return add_update(F.linear(hidden, weight, bias), thin, lora_B, scale)
+
+
+def add_update(base: Tensor, thin: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """base + s·thin lora_Bᵀ, rounded once to the base's dtype; of one dtype it is a single product."""
+    lora_B = lora_B.to(thin.dtype)
+    if base.dtype != thin.dtype:
+        return (base + scale * F.linear(thin, lora_B)).to(base.dtype)
+    flat = torch.addmm(base.reshape(-1, len(lora_B)), thin.reshape(-1, thin.shape[-1]), lora_B.T, alpha=scale)
+    return flat.view(base.shape)
 
 
 def kept_by(hidden: Tensor, uniforms: Tensor | None, dropout: float) -> Tensor:
@@ -152,7 +162,7 @@ class LoRALinear(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Linear | NF4Linear,
         *,
         rank: int,
         alpha: float,
@@ -161,14 +171,14 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        lora_scale(rank, alpha=alpha)
         check_unit("dropout", dropout)
         self.alpha, self.rank_stabilised, self.dropout = alpha, rank_stabilised, dropout
+        self.scale = lora_scale(rank, alpha=alpha, rank_stabilised=rank_stabilised)
         self.base = base.requires_grad_(False)
-        dtype, device = wide(base.weight).dtype, base.weight.device
-        lora_A = torch.empty(
-            rank, base.in_features, dtype=dtype
-        )  # drawn on the CPU: the same on every device
+        weight = base.weight
+        dtype, device = wide(weight).dtype, weight.device
+        # Drawn on the CPU: the same on every device.
+        lora_A = torch.empty(rank, base.in_features, dtype=dtype)
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)  # within ±1/√in
         self.lora_A = nn.Parameter(lora_A.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
@@ -186,23 +196,18 @@ class LoRALinear(nn.Module):
             if self.training and torch.is_grad_enabled():
                 raise ValueError("merged: no gradient would reach lora_A and lora_B; unmerge, or call eval()")
             return self.base(hidden)
-        return lora_forward(
-            hidden.to(self.base.weight.dtype),  # under autocast it may come in half precision
-            self.base.weight,
-            self.lora_A,
-            self.lora_B,
-            self.base.bias,
-            uniforms,
-            alpha=self.alpha,
-            rank_stabilised=self.rank_stabilised,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        dropped = self.training and self.dropout > 0.0
+        seen = wide(hidden)
+        seen = kept_by(seen, uniforms, self.dropout) if dropped else seen
+        return add_update(self.base(hidden), linear(seen, self.lora_A), self.lora_B, self.scale)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put W' in the place of W and keep a copy of W; merging twice is refused."""
         if self.merged:
             raise ValueError("the adapter is merged already: a second time would add it twice")
+        if isinstance(self.base, NF4Linear):
+            raise ValueError("the base is in four bits and cannot hold the sum; `merged_state` tells it")
         merged = lora_weight(
             self.base.weight, self.lora_A, self.lora_B, alpha=self.alpha, rank_stabilised=self.rank_stabilised
         )

@@ -38,6 +38,7 @@ def nf4_levels() -> tuple[float, ...]:
 
 
 LEVELS = nf4_levels()
+PAIRS = [(LEVELS[byte // 16], LEVELS[byte % 16]) for byte in range(256)]  # of the two codes in a byte
 BORDERS = tuple((low + high) / 2 for low, high in pairwise(LEVELS))
 
 
@@ -98,7 +99,7 @@ def dequantize_nf4(
     count = math.prod(shape)
     check_length("codes", codes, math.ceil(count / 2), torch.uint8)
     check_length("scales", scales, math.ceil(count / block_size), wide(scales).dtype)
-    levels = scales.new_tensor(LEVELS)[unpack_nf4(codes, count)]
+    levels = scales.new_tensor(PAIRS).index_select(0, codes.int()).reshape(-1)[:count]
     weights = in_blocks(levels, block_size) * scales[:, None]
     return weights.reshape(-1)[:count].reshape(shape).to(dtype or scales.dtype)
 

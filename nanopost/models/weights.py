@@ -7,19 +7,22 @@ read approximately. `python -m nanopost.models.weights check DIR` says what a fo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanopost.models.config import LlamaConfig, load_config, read_json, write_config
 from nanopost.models.header import Entry, check_entries, read_header
 from nanopost.models.llama import Llama
+from nanopost.models.nf4 import NF4Linear
 
 TIED, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 M = TypeVar("M", bound=nn.Module)
@@ -62,10 +65,26 @@ def read_headers(folder: str | Path) -> dict[str, Entry]:
     return entries
 
 
-def fill(model: M, folder: str | Path, *, dtype: torch.dtype, tied: bool = False) -> M:
+def weights_id(folder: str | Path) -> str:
+    """The name of a hub folder's weights by their content: 32 hex digits of a SHA-256 over their files."""
+    digest = hashlib.sha256()
+    for path in shard_files(Path(folder)):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def fill(
+    model: M, folder: str | Path, *, dtype: torch.dtype, tied: bool = False, four_bits: Collection[str] = ()
+) -> M:
     """Give a model on the meta device exactly the tensors of a folder, cast to `dtype`.
 
-    The headers are checked before a number is read.
+    The headers are checked before a number is read. Tensors are read one at a time: what is cast or quantised
+    never stands in memory twice, but for the one in hand.
+
+    Args:
+        tied: the head is the embedding, and need not be in the file.
+        four_bits: last names of layers that become `NF4Linear`.
 
     Raises:
         ValueError: naming the file or folder, and the tensor that is missing, unknown or of another shape;
@@ -77,10 +96,13 @@ def fill(model: M, folder: str | Path, *, dtype: torch.dtype, tied: bool = False
     check_entries(entries, wanted, folder)
     tensors: dict[str, Tensor] = {}
     for path in shard_files(Path(folder)):
-        try:
-            tensors |= {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: {error}") from error
+        for name, tensor in _read(path, dtype):
+            layer, _, kind = name.rpartition(".")
+            if kind == "weight" and layer.split(".")[-1] in four_bits:
+                bias = model.get_submodule(layer).bias
+                model.set_submodule(layer, NF4Linear(tensor, bias))  # type: ignore[arg-type]
+            else:
+                tensors[name] = tensor
     if tied and TIED not in entries:
         tensors[TIED] = tensors[EMBEDDING]
     elif tied and not torch.equal(tensors[TIED], tensors[EMBEDDING]):
@@ -92,8 +114,23 @@ def fill(model: M, folder: str | Path, *, dtype: torch.dtype, tied: bool = False
     return model.requires_grad_(True)
 
 
-def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Llama:
+def _read(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, one at a time."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                yield name, file.get_tensor(name).to(dtype)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, four_bits: Collection[str] = ()
+) -> Llama:
     """Read a folder of one of the families into a `Llama`, cast to `dtype`.
+
+    Args:
+        four_bits: last names of layers whose weights are kept in NF4, frozen (`nf4.py`).
 
     Raises:
         ValueError: what `load_config`, `read_headers`, `fill` and `words` refuse.
@@ -101,8 +138,9 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Lla
     config = load_config(folder)
     with torch.device("meta"):
         model = Llama(config)
-    model = fill(model, folder, dtype=dtype, tied=config.tie_word_embeddings)
-    if config.tie_word_embeddings:
+    tied = config.tie_word_embeddings
+    model = fill(model, folder, dtype=dtype, tied=tied, four_bits=four_bits)
+    if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.words = words(folder, config)
     return model

@@ -192,7 +192,9 @@ def test_tokens_without_an_upstream_gradient_are_skipped(monkeypatch):
         hidden[4] = torch.nan
     seen, backward = [], linear_logps_tiled.backward
     monkeypatch.setattr(
-        linear_logps_tiled, "backward", lambda *args: seen.append(len(args[0])) or backward(*args)
+        linear_logps_tiled,
+        "backward",
+        lambda *args, **how: seen.append(len(args[0])) or backward(*args, **how),
     )
     logps = linear_logps(hidden, weight, ids)[0]
     assert logps[4].isnan()
@@ -200,6 +202,38 @@ def test_tokens_without_an_upstream_gradient_are_skipped(monkeypatch):
     assert seen == [2]
     assert (hidden.grad[[1, 7]] != 0).all() and (hidden.grad.sum(1) != 0).sum() == 2
     assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["logps", "cross_entropy"])
+def test_a_frozen_head_gets_no_gradient_and_costs_none(kind):
+    """The head of a model with an adapter: the states' gradient is the same, and the head's never made."""
+    hidden, weight, ids = head(9, 3, 11)
+
+    def loss(weight: Tensor) -> Tensor:
+        return (
+            -linear_logps(hidden, weight, ids)[0]
+            if kind == "logps"
+            else linear_cross_entropy(hidden, weight, ids)
+        )
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            made.extend(tuple(x.shape) for x in tree_leaves(out) if isinstance(x, Tensor))
+            return out
+
+    gradients = []
+    for frozen in (False, True):
+        made, read = list[tuple[int, ...]](), weight.detach() if frozen else weight
+        with Watch():
+            value = loss(read).sum()
+            gradients.append(
+                torch.autograd.grad(value, hidden)[0]
+                if frozen
+                else torch.autograd.grad(value, (hidden, weight))[0]
+            )
+        assert made.count((11, 3)) == 0 if frozen else made.count((11, 3)) > 0
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("kind", ["logps", "cross_entropy", "forward", "reverse", "jsd"])

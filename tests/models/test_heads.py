@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nanopost import distributed, optim
@@ -63,7 +64,7 @@ def test_a_language_model_gets_a_head_of_zeros(tmp_path, tied):
 def test_a_language_models_file_is_read_once(tmp_path, monkeypatch):
     language_model(tmp_path)
     read: list[Path] = []
-    monkeypatch.setattr(weights, "load_file", lambda path: read.append(path) or load_file(path))
+    monkeypatch.setattr(weights, "safe_open", lambda path, **how: read.append(path) or safe_open(path, **how))
     load_score_model(tmp_path, labels=2)
     assert read == [tmp_path / "model.safetensors"]
 

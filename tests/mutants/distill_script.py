@@ -280,9 +280,9 @@ MUTANTS = [
         name="from_scratch_without_the_seed",
         source="our own",
         story="Random weights are the same whatever the seed: runs to compare start as one.",
-        file=SCRIPT,
-        before="random_model(cfg.model, seed=cfg.seed)",
-        after="random_model(cfg.model, seed=0)",
+        file="nanopost/models/trainable.py",
+        before="return random_model(folder, seed=seed)",
+        after="return random_model(folder, seed=0)",
         killer=f"{TEST}_from_scratch_draws_the_weights_of_the_seed",
     ),
 ]

@@ -264,8 +264,8 @@ MUTANTS = [
         source="our own",
         story="A resumed run takes another loss than it began with, and its curve is two curves.",
         file=SCRIPT,
-        before='{"template": chat.version, "loss": cfg.loss}',
-        after='{"template": chat.version}',
+        before='{"template": chat.version, "loss": cfg.loss,',
+        after='{"template": chat.version,',
         killer=f"{TEST}::test_resume_continues_bit_for_bit_and_scores_nothing_again",
     ),
 ]

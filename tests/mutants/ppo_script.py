@@ -131,8 +131,8 @@ MUTANTS = [
         source="our own",
         story="A critic of another shape gets the policy's config.json: nothing can load the folder.",
         file=SCRIPT,
-        before="ppo.save_critic(critic.config,",
-        after="ppo.save_critic(policy.config,",
+        before="ppo.save_critic(critic,",
+        after="ppo.save_critic(policy,",
         killer=f"{TESTS}::test_a_critic_of_another_shape_is_saved_in_that_shape",
     ),
     Mutant(
@@ -149,8 +149,8 @@ MUTANTS = [
         source="our own",
         story="A critic or a reward model reads beyond the positions that it has been trained on.",
         file=SCRIPT,
-        before="*ppo.contexts(cfg.critic, cfg.reward_model)",
-        after="*ppo.contexts()",
+        before="ppo.contexts(cfg.model, ref_model, cfg.critic, cfg.reward_model)",
+        after="ppo.contexts(cfg.model, ref_model)",
         killer=f"{TESTS}::{REFUSED}",
     ),
     Mutant(

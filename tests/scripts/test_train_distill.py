@@ -45,7 +45,7 @@ Start = tuple[Path, Path, Path]  # student, teacher, data
 def run_here(script: str, *flags: object) -> str:
     """A script with these flags, in this process and without its report; what it printed."""
     argv, printed = [script, *map(str, flags), "--threads", "1"], io.StringIO()
-    page = patch("nanopost.report.write_report", lambda run: run / "report.html")
+    page = patch("nanopost.report.offer_report", lambda run: run / "report.html")
     with patch.object(sys, "argv", argv), page, redirect_stdout(printed):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return printed.getvalue()
@@ -400,7 +400,7 @@ RUNS = """
 import json, runpy, sys
 import nanopost.report
 from nanopost import distributed
-nanopost.report.write_report = lambda run: run
+nanopost.report.offer_report = lambda run: run
 distributed.setup()
 leave, distributed.setup, distributed.teardown = distributed.teardown, lambda: None, distributed.barrier
 for sys.argv in json.loads(sys.argv[1]):

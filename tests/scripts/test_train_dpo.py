@@ -86,7 +86,7 @@ def start(tmp_path_factory) -> Start:
 def script() -> dict[str, Any]:
     """The script's names; its report is drawn in the runs on two ranks alone, which saves a second a run."""
     names = runpy.run_path(str(ROOT / "train_dpo.py"), run_name="train_dpo")
-    names["main"].__globals__["write_report"] = lambda run: run
+    names["main"].__globals__["offer_report"] = lambda run: run
     return names
 
 

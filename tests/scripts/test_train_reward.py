@@ -238,7 +238,7 @@ RUNS = """
 import json, runpy, sys
 import nanopost.report
 from nanopost import distributed
-nanopost.report.write_report = lambda run: run
+nanopost.report.offer_report = lambda run: run
 distributed.setup()
 leave, distributed.setup, distributed.teardown = distributed.teardown, lambda: None, distributed.barrier
 for sys.argv in json.loads(sys.argv[1]):

@@ -1,0 +1,139 @@
+"""What of a model trains: all weights, or an adapter beside frozen ones (LoRA), those in four bits (QLoRA).
+
+The six scripts share these flags and functions. With an adapter the reference is the base *plus the adapter
+that training starts from*, in the same number format: whatever else it were, the first step's KL would not be
+0. What a script writes is the plain model with the adapter merged into it, which loads everywhere, and the
+adapter beside it in the folder `adapter`, as peft has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from nanopost.models.llama import Llama
+from nanopost.models.lora_model import TARGETS, Adapter, M, adapter_of, add_adapter, merged_state
+from nanopost.models.peft import WEIGHTS, load_adapter, read_adapter, save_adapter
+from nanopost.models.weights import load_model, random_model, save_model, weights_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """The flags: a script's configuration has them behind its own."""
+
+    lora_rank: int = 0  # adapters of this rank train, beside frozen weights; 0: all weights train
+    lora_alpha: float = 32.0  # α: what an adapter adds is scaled by α/rank
+    lora_targets: Literal["attention", "mlp", "all"] = "all"  # the layers of a block that get one
+    lora_from: Path | None = None  # adapter to go on with, in peft's format; its own rank and α hold
+    lora_nf4: bool = False  # QLoRA: those layers' frozen weights in four bits
+
+
+def chosen_adapter(flags: LoRA) -> Adapter | None:
+    """The adapter that the flags ask for; None where all weights train.
+
+    Raises:
+        ValueError: flags that contradict each other, a rank below 0, an adapter with dropout: it would train
+            without.
+    """
+    if flags.lora_rank < 0:
+        raise ValueError(f"lora_rank must be at least 0, got {flags.lora_rank}")
+    if flags.lora_from is None:
+        if flags.lora_nf4 and not flags.lora_rank:
+            raise ValueError("lora_nf4 freezes weights: lora_rank or lora_from must say what trains")
+        targets = TARGETS[flags.lora_targets]
+        return Adapter(flags.lora_rank, flags.lora_alpha, targets) if flags.lora_rank else None
+    if flags.lora_rank:
+        raise ValueError(f"lora_rank={flags.lora_rank} and lora_from={flags.lora_from}: the folder says it")
+    adapter = read_adapter(flags.lora_from)
+    if adapter.dropout:
+        told = f"lora_from={flags.lora_from} has lora_dropout {adapter.dropout}"
+        raise ValueError(f"{told}, the scripts train without: set it to 0 in its file")
+    return adapter
+
+
+def four_bits(flags: LoRA) -> Collection[str]:
+    """The layers that `load_model` is to quantise."""
+    adapter = chosen_adapter(flags)
+    return adapter.targets if adapter and flags.lora_nf4 else ()
+
+
+def adapt(model: M, flags: LoRA, *, seed: int) -> M:
+    """Give a model the adapter of the flags; without one it stays as it is, and all of it trains.
+
+    A folder that has the configuration of an adapter and no weights starts a new one: so rsLoRA, and ranks by
+    layer, are a file away.
+    """
+    adapter = chosen_adapter(flags)
+    if adapter is None:
+        return model
+    if flags.lora_from and (flags.lora_from / WEIGHTS).exists():
+        return load_adapter(model, flags.lora_from)
+    return add_adapter(model, adapter, seed=seed)
+
+
+def load_policy(folder: str | Path, flags: LoRA, *, seed: int, from_scratch: bool = False) -> Llama:
+    """A language model's folder with the adapter of the flags, or random weights of its configuration.
+
+    Args:
+        seed: of the adapter's lora_A, or of the random weights.
+
+    Raises:
+        ValueError: `from_scratch` with an adapter, which would leave the random weights frozen.
+    """
+    if not from_scratch:
+        return adapt(load_model(folder, four_bits=four_bits(flags)), flags, seed=seed)
+    if chosen_adapter(flags):
+        raise ValueError("from_scratch trains all weights: lora_rank and lora_from must not be given")
+    return random_model(folder, seed=seed)
+
+
+def load_reference(folder: str | Path | None, start: str | Path, flags: LoRA, *, seed: int) -> Llama:
+    """The frozen model that a policy is held to: a folder's, or the very one that the policy starts as."""
+    model = load_policy(start, flags, seed=seed) if folder is None else load_model(folder)
+    return model.requires_grad_(False)
+
+
+def save_policy(
+    model: Llama, weights: dict[str, Tensor], folder: Path, *, base: Path, stop_ids: tuple[int, ...]
+) -> None:
+    """Write a trained language model: the plain one, and its adapter in folder/adapter where it has one."""
+    save_model(model.config, plain_weights(model, weights, folder, base=base), folder, stop_ids=stop_ids)
+
+
+def plain_weights(
+    model: nn.Module, weights: dict[str, Tensor], folder: Path, *, base: Path
+) -> dict[str, Tensor]:
+    """The weights of the plain model that a trained one stands for; its adapter goes to folder/adapter.
+
+    Args:
+        model: as trained, with an adapter or without.
+        weights: its full state dict (`checkpoint.full_state` gathers it from all ranks).
+        base: the folder that it started from, named in the adapter's file.
+    """
+    if adapter_of(model):
+        save_adapter(model, weights, folder / "adapter", base=base)
+    return merged_state(model, weights)
+
+
+def training(model: nn.Module) -> str:
+    """How much of a model trains, for a line of print; nothing to say where all of it does."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f", {trained:,} numbers train beside frozen weights" if adapter_of(model) else ""
+
+
+def adapter_id(folder: str | Path, flags: LoRA) -> dict[str, Any] | None:
+    """What a run with an adapter keeps of how it started: a resumed run must not change it.
+
+    A state holds only what trains; so the frozen weights are named by their content.
+    """
+    adapter = chosen_adapter(flags)
+    if adapter is None:
+        return None
+    start = flags.lora_from and flags.lora_from / WEIGHTS
+    begun = sha256(start.read_bytes()).hexdigest()[:32] if start and start.exists() else None
+    return {**asdict(adapter), "nf4": flags.lora_nf4, "from": begun, "base": weights_id(folder)}
