@@ -45,7 +45,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, start: int, end: i
 
 
 def bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
-    found = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+    """What moves, and its moments; a frozen parameter is where it was built."""
+    moving = {name: tensor for name, tensor in model.state_dict().items() if name != "frozen"}
+    found = {name: tensor.numpy().tobytes() for name, tensor in moving.items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             found[f"{name}/{key}"] = value.numpy().tobytes()
@@ -104,7 +106,7 @@ def test_the_newest_states_stay_and_hold_no_pickle(tmp_path: Path) -> None:
     assert files == ["model.safetensors", "optimizer.safetensors", "state.json"]
     weights = checkpoint.load_file(tmp_path / "state/step_000040/model.safetensors")
     assert "head.weight" not in weights and "embed.weight" in weights  # tied: one copy
-    assert checkpoint.full_state(model).keys() == weights.keys()
+    assert checkpoint.full_state(model).keys() == {*weights, "frozen"}
 
 
 def test_keep_and_strangers_are_checked(tmp_path: Path) -> None:
@@ -123,8 +125,10 @@ def test_another_model_or_optimiser_is_refused(tmp_path: Path) -> None:
         checkpoint.load_state(tmp_path, wide, optimizer_of(wide))
     less = Model(0)
     less.unused.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"group 0: saved .*'unused'"):
+    with pytest.raises(ValueError, match=r"shape of 'unused': saved \[2, 2\], this run has None"):
         checkpoint.load_state(tmp_path, less, optimizer_of(less))
+    with pytest.raises(ValueError, match=r"group 0: saved .*'unused'"):
+        checkpoint.load_state(tmp_path, model, torch.optim.AdamW([model.embed.weight]))
 
 
 # ---- atomic folders

@@ -23,6 +23,7 @@ from nanopost.evals.ppo import (
 )
 from nanopost.evals.reference import weights_id
 from nanopost.models.heads import ScoreModel, load_score_model, save_score_model
+from nanopost.models.trainable import LoRA
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
 from tests.chat_fixtures import make_chat
@@ -68,11 +69,11 @@ def test_critic_metrics_by_hand():
 def test_what_a_critic_starts_from(tmp_path):
     folder = hub_folder(tmp_path / "hub")
     chat = make_chat(tmp_path / "chat")
-    policy, critic = load_pair(folder, None, chat)
+    policy, critic = load_pair(folder, None, chat, LoRA(), seed=0)
     ids = torch.tensor([[3, 1, 4]])
     assert torch.equal(policy.model.rows(ids)[0], critic.model.rows(ids)[0])
     assert policy.model is not critic.model and not critic.values(ids).any()
-    policy, critic = load_pair(folder, "shared", chat)
+    policy, critic = load_pair(folder, "shared", chat, LoRA(), seed=0)
     assert policy is critic and not critic.values(ids).any()
     with pytest.raises(
         ValueError, match=r"header: its tokenizer is not that of .*chat, so it would read other"
@@ -117,12 +118,13 @@ def test_contexts_are_those_of_the_folders(tmp_path):
 @pytest.mark.parametrize("start", [None, "shared"])
 def test_weights_part_into_a_policy_and_a_critic(tmp_path, start):
     folder = hub_folder(tmp_path / "hub")
-    both = together(*load_pair(folder, start, make_chat(tmp_path / "chat")), beta=0.5)
+    chat = make_chat(tmp_path / "chat")
+    both = together(*load_pair(folder, start, chat, LoRA(), seed=0), beta=0.5)
     state = {name: tensor for name, tensor in both.state_dict().items()}
     if start == "shared":  # as `checkpoint.full_state` tells a tensor once, under its first name
         state = {name: tensor for name, tensor in state.items() if not name.startswith("critic.")}
     policy, critic = parted(state)
-    assert policy.keys() == load_pair(folder, None, make_chat(tmp_path / "c"))[0].state_dict().keys()
+    assert policy.keys() == load_pair(folder, None, chat, LoRA(), seed=0)[0].state_dict().keys()
     assert critic.keys() == load_score_model(folder).state_dict().keys()
     assert both.state_dict()["beta"].dtype == torch.float64
 

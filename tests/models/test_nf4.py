@@ -88,7 +88,7 @@ def test_a_folder_is_read_into_four_bits(tmp_path):
 
 def test_an_adapter_on_four_bits_trains_alone_and_is_merged_into_what_they_stand_for(tmp_path):
     base(tmp_path)
-    read = load_model(tmp_path, four_bits=TARGETS["all"])
+    read = load_model(tmp_path, dtype=torch.float64, four_bits=TARGETS["all"])
     before = read(IDS).detach()
     model = add_adapter(read, Adapter(rank=2, alpha=3.0), seed=0)
     assert torch.equal(model(IDS), before)
