@@ -93,6 +93,16 @@ SFT_CASES = [
         [(LONG_TOKENS, LONG_TOKENS, True)],
         tolerance=BOTH,
     ),
+    Case(
+        "lora",
+        "LoRA of rank 16 on 7 projections, forward + backward, 32 × 128 tokens, float32",
+        "bench.ours:lora",
+        SMALL | {"batch": 32, "length": 128},
+        [Peer("peft", "peft", f"{TRANSFORMERS}:lora", SFT, default_bar=2.2, best_bar=1.8)],
+        [(4096, 4096, False)] * 2,  # forward, and back to the inputs: the weights have no gradient
+        files=("model", "adapter"),
+        tolerance=BOTH,
+    ),
 ]
 
 
@@ -238,6 +248,3 @@ STEP_CASES = [
 ]
 
 CASES = {case.name: case for case in SFT_CASES + HEAD_CASES + SAMPLER_CASES + STEP_CASES}
-NOT_BUILT = {
-    "lora": "LoRA r16 on 7 projections against peft: waits for a LoRA that trains (the formulas exist)"
-}

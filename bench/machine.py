@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "trl", "liger_kernel", "accelerate", "tokenizers", "numpy")
+PACKAGES = ("torch", "transformers", "trl", "peft", "liger_kernel", "accelerate", "tokenizers", "numpy")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 
 

@@ -30,6 +30,8 @@ from nanopost.kernels.linear_logps import linear_logps as kernels_linear_logps
 from nanopost.losses import aggregate, sft_loss
 from nanopost.models.config import LlamaConfig
 from nanopost.models.llama import Llama
+from nanopost.models.lora_model import Adapter, add_adapter
+from nanopost.models.peft import load_adapter, save_adapter
 from nanopost.models.weights import load_model, random_model, save_model, write_config
 from nanopost.rewards.math import gsm8k
 from nanopost.rollout import sampler as rollout_sampler
@@ -74,6 +76,16 @@ def model_folder(work: Path, *, width: int, layers: int, vocabulary: int, **_: A
     save_model(config, model.state_dict(), folder, stop_ids=chat.stop_ids)
 
 
+def adapter_folder(work: Path) -> None:
+    """An adapter of rank 16 on the seven projections in work/adapter, as after some steps."""
+    model = add_adapter(load_model(work / "model"), Adapter(rank=16, alpha=32.0), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+    save_adapter(model, model.state_dict(), work / "adapter", base=work / "model")
+
+
 def reward(text: str, answer: str) -> float:
     """The verifier that both GRPO trainers are given."""
     return gsm8k(text, answer).score
@@ -85,9 +97,11 @@ def gradients(model: Llama) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def train(work: Path, turn: Turn, rows: list[list[int]], *, bf16: bool = False) -> None:
+def train(work: Path, turn: Turn, rows: list[list[int]], *, bf16: bool = False, lora: bool = False) -> None:
     """Forward and backward of the mean loss over all tokens of these rows."""
     model = load_model(work / "model")
+    if lora:
+        load_adapter(model, work / "adapter")
     samples = [Sample(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in rows]
     batch, count = collate(samples), float(sum(sum(sample.mask) for sample in samples))
 
@@ -108,6 +122,10 @@ def sft(
     work: Path, turn: Turn, *, batch: int, length: int, vocabulary: int, bf16: bool = False, **_: Any
 ) -> None:
     train(work, turn, token_rows(batch, length + 1, vocabulary), bf16=bf16)
+
+
+def lora(work: Path, turn: Turn, *, batch: int, length: int, vocabulary: int, **_: Any) -> None:
+    train(work, turn, token_rows(batch, length + 1, vocabulary), lora=True)
 
 
 def sft_ragged(

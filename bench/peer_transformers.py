@@ -6,6 +6,7 @@ laid out, which cache. The first setting of a case is what one gets without choo
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,23 @@ from bench.worker import Turn, loop
 IGNORED = -100  # a label that is not trained on
 
 
-def load(work: Path, *, attention: str = "sdpa", precision: str = "highest", compiled: bool = False) -> Any:
-    """The model in float32, with the choices that all cases share."""
+def load(
+    work: Path,
+    *,
+    attention: str = "sdpa",
+    precision: str = "highest",
+    compiled: bool = False,
+    adapter: bool = False,
+) -> Any:
+    """The model in float32, with the choices that all cases share; as peft has it with work/adapter."""
     torch.set_float32_matmul_precision(precision)
     model = LlamaForCausalLM.from_pretrained(
         work / "model", attn_implementation=attention, dtype=torch.float32
     )
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, work / "adapter", is_trainable=True)
     if compiled:
         model.forward = torch.compile(model.forward)
     return model
@@ -48,7 +60,14 @@ def train(turn: Turn, model: Any, batches: list[dict[str, Tensor]]) -> None:
             total += loss.detach()
         return total
 
-    loop(turn, iterate, lambda loss: {"loss": loss} | {n: p.grad for n, p in model.named_parameters()})
+    def digest(loss: Tensor) -> dict[str, Tensor]:
+        """Loss and gradients by our names: peft's are longer."""
+        named = {
+            re.sub(r"^base_model\.model\.|\.default\.weight$", "", n): p for n, p in model.named_parameters()
+        }
+        return {"loss": loss} | {name: p.grad for name, p in named.items() if p.grad is not None}
+
+    loop(turn, iterate, digest)
 
 
 def sft(work: Path, turn: Turn, *, batch: int, length: int, vocabulary: int, **options: Any) -> None:
@@ -58,6 +77,10 @@ def sft(work: Path, turn: Turn, *, batch: int, length: int, vocabulary: int, **o
         load(work, **choices(options)),
         [{"input_ids": rows[:, :-1], "shift_labels": rows[:, 1:].contiguous()}],
     )
+
+
+def lora(work: Path, turn: Turn, **options: Any) -> None:
+    sft(work, turn, adapter=True, **options)
 
 
 def sft_ragged(
@@ -181,4 +204,6 @@ def generate(
 
 def choices(options: dict[str, Any]) -> dict[str, Any]:
     """Of a case's options, those that `load` reads."""
-    return {name: options[name] for name in ("attention", "precision", "compiled") if name in options}
+    return {
+        name: options[name] for name in ("attention", "precision", "compiled", "adapter") if name in options
+    }

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from bench import inputs, machine, measure, table
-from bench.cases import CASES, NOT_BUILT, Case, Peer
+from bench.cases import CASES, Case, Peer
 from bench.floor import flops
 from bench.processes import Failed, Process, quit_all
 
@@ -60,6 +60,8 @@ def prepare(case: Case, work: Path) -> None:
     """Write what the processes load: the model through our own export, prompts, pairs."""
     if "model" in case.files:
         importlib.import_module("bench.ours").model_folder(work, **case.shape)
+    if "adapter" in case.files:
+        importlib.import_module("bench.ours").adapter_folder(work)
     if "prompts" in case.files:
         inputs.write_prompts(work / "prompts.jsonl", **case.shape)
     if "pairs" in case.files:
@@ -215,7 +217,6 @@ def main(arguments: list[str]) -> int:
     if given.list or not given.cases:
         for name, case in CASES.items():
             print(f"{name:20} {case.title}")
-        print("\n".join(f"{name:20} not built: {why}" for name, why in NOT_BUILT.items()))
         return 0
     names = list(CASES) if given.cases == ["all"] else given.cases
     if unknown := [name for name in names if name not in CASES]:
@@ -224,7 +225,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--pairs must be at least {measure.MIN_PAIRS}, got {given.pairs}")
     found = machine.machine()
     path = given.results / f"{machine.slug(found)}-{datetime.date.today()}.json"
-    code, results = 0, {"machine": found, "versions": machine.versions(), "not_built": NOT_BUILT}
+    code, results = 0, {"machine": found, "versions": machine.versions()}
     for name in names:
         work = Path(tempfile.mkdtemp(prefix=f"bench-{name}-"))
         try:

@@ -60,8 +60,6 @@ def markdown(results: dict[str, Any]) -> str:
         rows = [peer_cells(record, peer, row) for peer, row in record["peers"].items()]
         for i, cells in enumerate([*rows, floor_cells(record)]):
             lines.append(f"| {record['title'] if i == 0 else ''} | {' | '.join(cells)} |")
-    for name, why in results["not_built"].items():
-        lines.append(f"| {name} | – | – | – | – | – | – | {why} |")
     return "\n".join([*lines, "", foot(results)])
 
 

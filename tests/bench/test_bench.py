@@ -91,7 +91,7 @@ def test_a_quiet_case(pretend: Go, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["floor"]["median"] == 0.8 and record["copy_gb_s"] == 8.0
     assert record["peers"]["unknown"] == {"skipped": "no-such-package-anywhere is not installed"}
     assert "unknown: skipped, no-such-package-anywhere is not installed" in capsys.readouterr().out
-    assert results["machine"]["cores"] and results["versions"]["torch"] and results["not_built"]
+    assert results["machine"]["cores"] and results["versions"]["torch"]
 
 
 def test_memory_is_a_share_of_the_peers_best_without_the_outputs(pretend: Go) -> None:
@@ -173,7 +173,6 @@ def some_results() -> dict[str, Any]:
     return {
         "machine": found | {"cores": 2, "python": "3.11"},
         "versions": {"torch": "2.13.0", "trl": None},
-        "not_built": {"lora": "waits for it"},
         "cases": {"a-case": record},
     }
 
@@ -186,8 +185,7 @@ def test_the_table() -> None:
     )
     assert lines[3] == "|  | lost | – | – | – | – | – | skipped: lost is not installed |"
     assert lines[4] == "|  | hardware | ≥ 70 % |  |  | 65 % (61 %–70 %) of 123 GFLOP/s |  | not met |"
-    assert lines[5] == "| lora | – | – | – | – | – | – | waits for it |"
-    assert {line.count("|") for line in lines[:6]} == {9}
+    assert {line.count("|") for line in lines[:5]} == {9}
     foot = lines[-1]
     for told in ("A CPU", "avx2", "without amx_tile", "torch 2.13.0", "9.9 GB/s", "2026-01-02", "012345678"):
         assert told in foot
