@@ -101,7 +101,7 @@ SFT_CASES = [
         [Peer("peft", "peft", f"{TRANSFORMERS}:lora", SFT, default_bar=2.2, best_bar=1.8)],
         [(4096, 4096, False)] * 2,  # forward, and back to the inputs: the weights have no gradient
         files=("model", "adapter"),
-        tolerance=BOTH,
+        tolerance=2 * BOTH,  # gradients of lora_A have one product more behind them
     ),
 ]
 
