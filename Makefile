@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo demo-zero demo-ppo test test-deep bench lint clean
+.PHONY: demo demo-zero demo-ppo demo-tenants test test-deep bench lint clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -17,6 +17,9 @@ demo-zero: $(STAMP)
 
 demo-ppo: $(STAMP)
 	$(BIN)/python recipes/demo/ppo.py
+
+demo-tenants: $(STAMP)
+	$(BIN)/python recipes/demo/tenants.py
 
 test test-deep: export OMP_NUM_THREADS = 1
 

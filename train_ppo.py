@@ -286,11 +286,11 @@ def main(cfg: Config) -> None:
     if distributed.is_main():
         with checkpoint.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
-            save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
+            told = save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
         with checkpoint.atomic_folder(run / "critic") as folder:
             options = {"base": cfg.critic, "chat": cfg.model, "stop_ids": chat.stop_ids}
             ppo.save_critic(critic, value_weights, folder, **options)
-        print(f"model: {run / 'model'}\nreport: {offer_report(run)}")
+        print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
     distributed.teardown()
 
 

@@ -169,8 +169,8 @@ def main(cfg: Config) -> None:
     if distributed.is_main():
         with checkpoint.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
-            save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
-        print(f"model: {run / 'model'}\nreport: {offer_report(run)}")
+            told = save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
+        print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
     distributed.teardown()
 
 

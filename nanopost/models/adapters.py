@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from nanopost.models.lora import check_factors, check_input, lora_scale
+
+T = TypeVar("T")
 
 
 def mixed_lora_forward(
@@ -51,14 +54,14 @@ def mixed_lora_forward(
     return mixed[:, 0] if hidden.dim() == 2 else mixed
 
 
-def route(table: Mapping[tuple[str, str], int], tenant: str, version: str) -> int:
+def route(table: Mapping[tuple[str, str], T], tenant: str, version: str) -> T:
     """The adapter of a tenant's policy version: a lookup and nothing else.
 
         i = g(z),   z = (tenant, version)
 
     Args:
-        table: (tenant, version) to the number of an adapter.
-    Returns: the number; {("bank_A", "policy_v3"): 17} sends bank_A with policy_v3 to 17.
+        table: (tenant, version) to an adapter, a number of a bank or a name of a registry.
+    Returns: the adapter; {("bank_A", "policy_v3"): 17} sends bank_A with policy_v3 to 17.
     Raises: ValueError that names tenant and version when the table lacks the pair. There is no default: the
         base, another version or another tenant's adapter would answer fluently under the wrong policy.
     Page: docs/losses/route.md

@@ -10,6 +10,7 @@ read in either spelling of transformers (`rope_parameters`, `dtype` since versio
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,18 @@ class LlamaConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file; errors name the file."""
+    """One JSON object from a file; errors name the file. A key that stands there twice is one."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(read := dict(found)) < len(found):
+            twice = Counter(key for key, _ in found).most_common(1)[0][0]
+            raise ValueError(f"{twice!r} stands there twice")
+        return read
+
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(value, dict):

@@ -17,11 +17,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from nanopost.models.config import FAMILIES, LlamaConfig, load_config, read_json
 from nanopost.models.header import check_entries
 from nanopost.models.heads import HEAD, ScoreModel
 from nanopost.models.llama import Llama
+from nanopost.models.peft import load_adapter
 from nanopost.models.weights import TIED, load_model, read_headers, save_model, shard_files, words
 
 
@@ -156,6 +158,25 @@ def certificate(folder: str | Path, work: Path) -> Iterator[str]:
         except Exception as error:  # another project may refuse in any way
             told = f"refuses {what}: {' '.join(str(error).split())[:200]}"
         yield f"logits      transformers {library.__version__} {told}"
+    if (adapter := Path(folder) / "adapter").is_dir():
+        yield from adapter_certificate(adapter, ids, ours)
+
+
+def adapter_certificate(adapter: Path, ids: Tensor, merged: Tensor) -> Iterator[str]:
+    """How far the logits of the base with its adapter beside it are from the merged model's."""
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base or not Path(base).is_dir():
+        yield f"adapter     its base {base} is not here"
+        return
+    beside = load_adapter(load_model(base), adapter)(ids)
+    yield f"adapter     beside its base: {(beside - merged).abs().max():.2g} away from the merged model"
+    if find_spec("transformers") is None or find_spec("peft") is None:
+        yield "adapter     transformers and peft are not both installed"
+        return
+    library, peft = import_module("transformers"), import_module("peft")
+    theirs = library.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    found = peft.PeftModel.from_pretrained(theirs, adapter)(ids).logits[..., : merged.shape[-1]]
+    yield f"adapter     peft {peft.__version__} reads it: {(found - merged).abs().max():.2g} away"
 
 
 def main(arguments: list[str] | None = None) -> None:

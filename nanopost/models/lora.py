@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanopost.kernels.linear import linear
+from nanopost.kernels.lora_linear import lora_linear
 from nanopost.losses.checks import check_count, check_positive, check_unit, wide
 from nanopost.models.nf4 import NF4Linear
 
@@ -196,10 +197,12 @@ class LoRALinear(nn.Module):
             if self.training and torch.is_grad_enabled():
                 raise ValueError("merged: no gradient would reach lora_A and lora_B; unmerge, or call eval()")
             return self.base(hidden)
-        dropped = self.training and self.dropout > 0.0
-        seen = wide(hidden)
-        seen = kept_by(seen, uniforms, self.dropout) if dropped else seen
-        return add_update(self.base(hidden), linear(seen, self.lora_A), self.lora_B, self.scale)
+        dropped, base = self.training and self.dropout > 0.0, self.base
+        plain = not (dropped or isinstance(base, NF4Linear) or torch.is_autocast_enabled(hidden.device.type))
+        if plain and hidden.dim() == 2 and hidden.dtype == self.lora_A.dtype == base.weight.dtype:
+            return lora_linear(hidden, base.weight, self.lora_A, self.lora_B, base.bias, scale=self.scale)
+        seen = kept_by(wide(hidden), uniforms, self.dropout) if dropped else wide(hidden)
+        return add_update(base(hidden), linear(seen, self.lora_A), self.lora_B, self.scale)
 
     @torch.no_grad()
     def merge(self) -> None:

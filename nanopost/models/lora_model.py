@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Adapter:
             raise ValueError("targets: lm_head has no adapter here, the head's kernels read its weight")
 
 
-def layers_of(model: nn.Module, adapter: Adapter) -> dict[str, nn.Linear | NF4Linear]:
+def layers_of(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     """The layers that an adapter names, by their full names.
 
     Raises:
@@ -65,7 +65,7 @@ def layers_of(model: nn.Module, adapter: Adapter) -> dict[str, nn.Linear | NF4Li
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | NF4Linear) and name.split(".")[-1] in adapter.targets
+        if hasattr(module, "in_features") and name.split(".")[-1] in adapter.targets
     }
     if missing := set(adapter.targets) - {name.split(".")[-1] for name in found}:
         raise ValueError(f"targets: no layer is called {sorted(missing)[0]!r}")

@@ -116,12 +116,11 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_adapter(model: M, folder: str | Path) -> M:
-    """Give a model the adapter of a folder; it must not have one.
+def read_factors(model: nn.Module, folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
+    """An adapter of a folder, and its tensors by the names that `add_adapter` gives them.
 
-    Returns:
-        The same model, frozen but for the adapter (`add_adapter`). A score head that the file has replaces
-        its own.
+    Args:
+        model: whose layers it must fit; it is not changed.
 
     Raises:
         ValueError: naming file and tensor: one that is missing, unknown or of another shape.
@@ -136,9 +135,23 @@ def load_adapter(model: M, folder: str | Path) -> M:
     if head is not None and PREFIX + HEAD in entries:
         wanted[PREFIX + HEAD] = tuple(head.weight.shape)
     check_entries(entries, wanted, path)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    return adapter, {n if n == HEAD else n.removesuffix(".weight"): x for n, x in tensors.items()}
+
+
+def load_adapter(model: M, folder: str | Path) -> M:
+    """Give a model the adapter of a folder; it must not have one.
+
+    Returns:
+        The same model, frozen but for the adapter (`add_adapter`). A score head that the file has replaces
+        its own.
+
+    Raises:
+        ValueError: as `read_factors`.
+    """
+    adapter, factors = read_factors(model, folder)
     named = dict(add_adapter(model, adapter, seed=0).named_parameters())
     with torch.no_grad():
-        for name, tensor in load_file(path).items():
-            name = name.removeprefix(PREFIX)
-            named[name if name == HEAD else name.removesuffix(".weight")].copy_(tensor)
+        for name, tensor in factors.items():
+            named[name].copy_(tensor)
     return model

@@ -14,10 +14,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import TARGETS, Adapter, M, adapter_of, add_adapter, merged_state
+from nanopost.models.nf4 import NF4Linear
 from nanopost.models.peft import WEIGHTS, load_adapter, read_adapter, save_adapter
 from nanopost.models.weights import load_model, random_model, save_model, weights_id
 
@@ -100,9 +102,34 @@ def load_reference(folder: str | Path | None, start: str | Path, flags: LoRA, *,
 
 def save_policy(
     model: Llama, weights: dict[str, Tensor], folder: Path, *, base: Path, stop_ids: tuple[int, ...]
-) -> None:
-    """Write a trained language model: the plain one, and its adapter in folder/adapter where it has one."""
-    save_model(model.config, plain_weights(model, weights, folder, base=base), folder, stop_ids=stop_ids)
+) -> str:
+    """Write a trained language model: the plain one, and its adapter in folder/adapter where it has one.
+
+    Returns:
+        A certificate for a line of print: how far the logits of what is read again are from what was trained.
+    """
+    plain = plain_weights(model, weights, folder, base=base)
+    save_model(model.config, plain, folder, stop_ids=stop_ids)
+    return f" ({read_again(model, plain, folder, base=base)})"
+
+
+@torch.no_grad()
+def read_again(model: Llama, plain: dict[str, Tensor], folder: Path, *, base: Path) -> str:
+    """How far the logits of what a folder holds are from those of the weights that were to be written."""
+    with torch.device("meta"):
+        trained = Llama(model.config)
+    trained.load_state_dict(plain, strict=False, assign=True)  # a tied head is told once, as the embedding
+    if model.config.tie_word_embeddings:
+        trained.lm_head.weight = trained.model.embed_tokens.weight
+    dtype, ids = trained.lm_head.weight.dtype, torch.arange(3, 35)[None] % model.words
+    logits = load_model(folder, dtype=dtype)(ids)
+    told = f"read again: logits {(trained(ids)[..., : model.words] - logits).abs().max():.1g} away"
+    if adapter := adapter_of(model):
+        quantised = any(isinstance(module, NF4Linear) for module in model.modules())
+        beside = load_model(base, dtype=dtype, four_bits=adapter.targets if quantised else ())
+        found = load_adapter(beside, folder / "adapter")(ids)
+        told += f", base and adapter {(found - logits).abs().max():.1g}"
+    return f"{told}, of {logits.abs().max():.2g}"
 
 
 def plain_weights(

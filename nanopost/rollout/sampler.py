@@ -18,6 +18,7 @@ from torch import Tensor
 from nanopost.kernels import dispatch
 from nanopost.losses.checks import wide
 from nanopost.models.attention import layout
+from nanopost.models.bank import Seating, seat, seating
 from nanopost.models.cache import KVCache
 from nanopost.models.llama import Llama
 from nanopost.rollout.draw import draw
@@ -51,6 +52,7 @@ def sample(
     top_p: float = 1.0,
     uniforms: Tensor,
     slots: int = 256,
+    adapters: Sequence[str] | None = None,
     finished: Callable[[int], object] = lambda count: None,
 ) -> list[Rollout]:
     """Sample `group_size` completions of every prompt, each up to a stop id or `max_new_tokens`.
@@ -62,15 +64,19 @@ def sample(
         temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
         uniforms: (len(prompts) · group_size, max_new_tokens), see `row_uniforms`.
         slots: rows decoded at a time; finished rows give their slot to waiting ones.
+        adapters: where the model is a bank (`models/bank.py`): the name of each prompt's adapter.
         finished: called with how many rows have just ended, for a progress bar.
 
     Returns:
         len(prompts) · group_size rollouts in the order of the prompts, the rows of a group adjacent.
 
     Raises:
-        ValueError: an argument out of range, by name; a prompt that leaves no room for `max_new_tokens`.
+        ValueError: an argument out of range, by name; a prompt that leaves no room for `max_new_tokens`; not
+            an adapter a prompt, or one that the bank does not have.
     """
     check_arguments(model, prompts, group_size, max_new_tokens, stop_ids, temperature, slots, uniforms)
+    if adapters is not None and len(adapters) != len(prompts):
+        raise ValueError(f"adapters must name one for each of {len(prompts)} prompts, got {len(adapters)}")
     if not prompts:
         return []
     weight, device, count = model.lm_head.weight, model.lm_head.weight.device, len(prompts) * group_size
@@ -87,6 +93,7 @@ def sample(
     opened = list[int]()  # the prompts in the cache
     first = dict[int, Tensor]()  # the logits at the ends of prompts that rows may still begin with
     entered = told = deepest = columns = 0
+    seated: Seating | None = None  # whose adapter each of those who speak has
 
     def step(columns: int) -> None:
         """Every row says a token, and reads it."""
@@ -100,6 +107,8 @@ def sample(
         if not steady and bool(ended[rows].all()):
             return
         look = cache.decode(at, columns)
+        if seated:
+            seat(model, seated)
         logits.copy_(model.next_logits(token, sizes[rows // group_size] + at, look, None))
 
     # Where a step is replayed, nobody asks after each one who is done, and its shapes stay for long.
@@ -125,10 +134,14 @@ def sample(
             places = [opened.index(row // group_size) for row in new]
             cache.grow(sizes[fresh], sizes.new_tensor(places))
             first = {prompt: first[prompt] for prompt in first if prompt in needed}
+            if adapters and fresh:
+                seat(model, [adapters[prompt] for prompt in fresh for _ in prompts[prompt]])
             first |= zip(fresh, prefill(model, [prompts[prompt] for prompt in fresh], cache), strict=True)
             rows = torch.cat([rows[stay], torch.arange(new.start, new.stop, device=device)])
             logits = torch.cat([logits[stay], *(first[row // group_size][None] for row in new)])
             deepest, columns = int(said[rows].max()), 0
+            if adapters:
+                seated = seating([adapters[row // group_size] for row in rows.tolist()], device)
         if columns < min(deepest + ahead, max_new_tokens):
             columns = deepest + ahead if not steady else max(64, 1 << (deepest + ahead - 1).bit_length())
             columns = min(columns, max_new_tokens)

@@ -4,7 +4,10 @@ from tests.mutants.mutant import Mutant
 
 MODEL, PEFT = "nanopost/models/lora_model.py", "nanopost/models/peft.py"
 TEST, TEST_FILES = "tests/models/test_lora_model.py", "tests/models/test_peft.py"
-TRAINABLE, NF4, LORA = (f"nanopost/models/{name}.py" for name in ("trainable", "nf4", "lora"))
+TRAINABLE, NF4 = (f"nanopost/models/{name}.py" for name in ("trainable", "nf4"))
+KERNEL = "nanopost/kernels/lora_linear.py"
+BANK, REGISTRY = "nanopost/models/bank.py", "nanopost/models/registry.py"
+TEST_BANK, TEST_REGISTRY = "tests/models/test_bank.py", "tests/models/test_registry.py"
 GOES_ON = "test_an_adapter_goes_on_where_it_was_and_is_its_own_reference"
 FOUR_BITS = "test_an_adapter_on_four_bits_trains_alone_and_is_merged_into_what_they_stand_for"
 TEST_NF4, SCRIPTS = "tests/models/test_nf4.py", "tests/scripts/test_lora.py"
@@ -140,9 +143,9 @@ MUTANTS = [
         name="update-without-its-scale",
         source="peft#2489",
         story="The layer adds lora_B·lora_A unscaled, which the merge scales.",
-        file=LORA,
-        before="lora_B.T, alpha=scale)",
-        after="lora_B.T)",
+        file=KERNEL,
+        before="y.addmm_(thin, lora_B.T, alpha=scale)",
+        after="y.addmm_(thin, lora_B.T)",
         killer=f"{TEST}::test_merged_is_unmerged",
     ),
     Mutant(
@@ -162,5 +165,98 @@ MUTANTS = [
         before="        for name, tensor in _read(path, dtype):\n",
         after="        for name, tensor in list(_read(path, dtype)):\n",
         killer=f"{TEST_NF4}::test_a_folder_is_quantised_tensor_by_tensor",
+    ),
+    Mutant(
+        name="seats-stay-for-the-next-pass",
+        source="our own",
+        story="A pass that names nobody is answered under the adapters of the one before.",
+        file=BANK,
+        before="lambda *_: seats.clear(), always_call=True",
+        after="lambda *_: None, always_call=True",
+        killer=f"{TEST_BANK}::test_seats_are_used_up_and_there_is_no_default",
+    ),
+    Mutant(
+        name="nobodys-tokens-get-the-base",
+        source="vLLM#55193",
+        story="Without a seat the base answers, fluently and under no policy.",
+        file=BANK,
+        before="        if not self.seats:\n            raise",
+        after="        if not self.seats:\n            return self.base(x)\n            raise",
+        killer=f"{TEST_BANK}::test_seats_are_used_up_and_there_is_no_default",
+    ),
+    Mutant(
+        name="bank-without-the-scale",
+        source="peft#2489",
+        story="Served, an adapter is not scaled by α/r as it was in training.",
+        file=BANK,
+        before="            lora_B = scale * lora_B\n",
+        after="",
+        killer=f"{TEST_BANK}::test_every_row_says_what_it_says_alone",
+    ),
+    Mutant(
+        name="masked-sum-over-the-bank",
+        source="our own",
+        story="Every token meets every adapter, with a weight of 0: one tenant's NaN is everyone's.",
+        file=BANK,
+        before="        return (y + update.flatten(0, 1)[seating.back]).to(y.dtype)\n",
+        after=(
+            "        chosen = F.one_hot(seating.back, update.shape[0] * update.shape[1]).to(update)\n"
+            "        return (y + chosen @ update.flatten(0, 1)).to(y.dtype)\n"
+        ),
+        killer=f"{TEST_BANK}::test_another_tenants_nan_changes_no_bit",
+    ),
+    Mutant(
+        name="seats-of-the-first-batch",
+        source="our own",
+        story="Rows come and go, and those who come sit where those who left had sat.",
+        file="nanopost/rollout/sampler.py",
+        before="                seated = seating([",
+        after="                seated = seated if seated and len(seated.back) == len(rows) else seating([",
+        killer=f"{TEST_BANK}::test_a_mixed_batch_is_sampled_as_each_row_alone",
+    ),
+    Mutant(
+        name="stack-of-an-adapter-that-left",
+        source="our own",
+        story="An adapter that was taken out and put in anew is answered from what was stacked before.",
+        file=BANK,
+        before="        if self.stack and self.stack[0] == present:",
+        after="        if self.stack and len(self.stack[0]) == len(present):",
+        killer=f"{TEST_BANK}::test_ten_thousand_events_and_no_wrong_adapter",
+    ),
+    Mutant(
+        name="name-of-the-weights-alone",
+        source="our own",
+        story="Two adapters of the same factors and another α have one name: the second is never stored.",
+        file=REGISTRY,
+        before="    for name in FILES:\n        with open",
+        after="    for name in FILES[1:]:\n        with open",
+        killer=f"{TEST_REGISTRY}::test_a_name_is_the_hash_of_both_files",
+    ),
+    Mutant(
+        name="stored-adapters-are-trusted",
+        source="our own",
+        story="A file of the store is edited in place: its name goes on to say what it was.",
+        file=REGISTRY,
+        before="    if (found := adapter_name(folder)) != name:",
+        after="    if (found := name) != name:",
+        killer=f"{TEST_REGISTRY}::test_what_is_stored_does_not_change",
+    ),
+    Mutant(
+        name="audit-starts-anew",
+        source="our own",
+        story="Each replay overwrites the records of the one before.",
+        file=REGISTRY,
+        before='with open(path, "a", encoding="utf-8") as file:',
+        after='with open(path, "w", encoding="utf-8") as file:',
+        killer=f"{TEST_REGISTRY}::test_replay_prints_the_audit_and_an_older_table_is_the_way_back",
+    ),
+    Mutant(
+        name="adapters-gradient-stops-at-its-input",
+        source="our own",
+        story="What a layer reads gets the base's gradient alone: every layer below learns beside the point.",
+        file=KERNEL,
+        before="(grad @ weight).addmm_(back, lora_A)",
+        after="(grad @ weight)",
+        killer="tests/kernels/test_lora_linear.py::test_values_and_gradients_are_the_formulas",
     ),
 ]

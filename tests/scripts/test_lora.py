@@ -202,12 +202,19 @@ def test_a_state_has_what_trains_and_resumes_bit_for_bit(start, tmp_path, flags)
         train(start, "sft", tmp_path / "cut", *flags, "--lora-alpha", "9", "--resume")
 
 
-@pytest.mark.parametrize("name", ["sft", "grpo"])
-def test_ranks_change_nothing(start, runs, tmp_path, name):
-    train(start, name, tmp_path / "two", "--lora-rank", "2", "--lora-alpha", "8", ranks=2)
-    ours, theirs = written(runs[name]), written(tmp_path / "two")
-    for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2e-5)
+@pytest.mark.parametrize(("name", "nf4"), [("sft", False), ("grpo", False), ("sft", True)])
+def test_ranks_change_nothing(start, runs, tmp_path, name, nf4):
+    """The plain model and the adapter's file alike: its keys do not tell that the model was sharded."""
+    flags = ["--lora-rank", "2", "--lora-alpha", "8", *(["--lora-nf4"] if nf4 else [])]
+    train(start, name, tmp_path / "two", *flags, ranks=2)
+    one = runs[name]
+    if nf4:
+        train(start, name, one := tmp_path / "one", *flags)
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        ours, theirs = (load_file(run / "model" / file) for run in (one, tmp_path / "two"))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

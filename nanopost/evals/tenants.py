@@ -1,0 +1,90 @@
+"""Requests of many tenants beside one base: routed by a table, recorded, answered in one mixed batch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from nanopost.data.chat import decode, load_chat, prompt_ids
+from nanopost.data.schema import Message
+from nanopost.models.bank import add_to_bank, open_bank
+from nanopost.models.registry import audited, read_table, register, stored, write_audit
+from nanopost.models.weights import load_model
+from nanopost.rollout.sampler import row_uniforms, sample
+
+
+def deploy(store: str | Path, folders: Mapping[str, Path], version: str, table: str | Path) -> None:
+    """Put each tenant's adapter into the store, and the table of this version beside it.
+
+    Args:
+        store: of adapters (`registry.py`); made if it is not there.
+        folders: tenant to adapter, in peft's format.
+        version: of every tenant's policy.
+        table: the file to write.
+    """
+    entries = {tenant: {version: register(store, folder)} for tenant, folder in folders.items()}
+    Path(table).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def answers(
+    base: str | Path,
+    store: str | Path,
+    table: str | Path,
+    requests: Sequence[Mapping[str, str]],
+    *,
+    max_new_tokens: int,
+    audit: str | Path | None,
+) -> list[str]:
+    """Greedy answers to requests of any tenants, in one batch whose rows have their own adapters.
+
+    Args:
+        base: the folder of the model that all adapters stand beside.
+        store, table: as `deploy` leaves them.
+        requests: id, tenant, version and text of each.
+        max_new_tokens: answers are cut there.
+        audit: the file that gets a record of each request before it is answered; None: none.
+
+    Returns:
+        The answers, in the order of the requests.
+
+    Raises:
+        ValueError: a request that the table does not know, an adapter that is not in the store or has
+            changed: nothing is answered then.
+    """
+    routes, now = read_table(table), datetime.now(UTC).isoformat()
+    records = [audited(routes, request, time=now) for request in requests]
+    chat, model = load_chat(base), open_bank(load_model(base))
+    for name in sorted({record["adapter"] for record in records}):
+        add_to_bank(model, name, stored(store, name))
+    if audit is not None:
+        write_audit(audit, records)
+    prompts = [prompt_ids(chat, (Message("user", request["text"]),)) for request in requests]
+    numbers = range(len(prompts))
+    uniforms = row_uniforms(seed=0, step=0, prompts=numbers, group_size=1, count=max_new_tokens)
+    drawn = sample(
+        model,
+        prompts,
+        adapters=[record["adapter"] for record in records],
+        max_new_tokens=max_new_tokens,
+        stop_ids=chat.stop_ids,
+        temperature=0.0,
+        uniforms=uniforms,
+    )
+    return [decode(chat, rollout.completion_ids) for rollout in drawn]
+
+
+def costs(base: str | Path, store: str | Path, table: str | Path) -> dict[str, tuple[int, int]]:
+    """Bytes for the base with the table's adapters, and for as many whole models: on disk, and in memory."""
+    model, names = open_bank(load_model(base)), sorted(set(read_table(table).values()))
+    whole, file = sum(p.nbytes for p in model.parameters()), size(Path(base), "*.safetensors")
+    for name in names:
+        add_to_bank(model, name, stored(store, name))
+    return {
+        "disk": (file + sum(size(Path(store) / name, "*") for name in names), len(names) * file),
+        "memory": (sum(p.nbytes for p in model.parameters()), len(names) * whole),
+    }
+
+
+def size(folder: Path, pattern: str) -> int:
+    """Bytes of a folder's files."""
+    return sum(file.stat().st_size for file in folder.glob(pattern))
