@@ -281,8 +281,9 @@ def main(cfg: Config) -> None:
             means = [float(row.mean()) for row in advantages]
             told = [rollout_record(chat, *row, mean) for row, mean in zip(samples, means, strict=True)]
             metrics.write_rollouts(run, step, told)
-        if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+        if last or distributed.due(step + 1, every=cfg.save_every):
             checkpoint.save_state(run, step + 1, trained, optimizer)
+            distributed.leave_if_asked(done=last)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights = checkpoint.full_state(policy)  # every rank helps to gather

@@ -259,14 +259,15 @@ def main(cfg: Config) -> None:
         metrics.write_record(run, step, line | told)
         line |= {name: told[name] for name in ("eval_accuracy", "eval_loss", "eval_elo") if name in told}
         distributed.main_print(metrics.format_line(step, steps, line))
-        if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            checkpoint.save_state(run, step + 1, model, optimizer)
         if last and distributed.is_main():
             if audited:
                 rates = ", ".join(f"{name} {row['accuracy']:.3f}" for name, row in found["audit"].items())
                 print(f"audit: {rates}. {audit.NOTE}")
             page = {"step": steps, "labels": cfg.labels, "audit_note": audit.NOTE, **found}
             (run / "evaluation.json").write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
+        if last or distributed.due(step + 1, every=cfg.save_every):
+            checkpoint.save_state(run, step + 1, model, optimizer)
+            distributed.leave_if_asked(done=last)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights = checkpoint.full_state(model)  # every rank helps to gather

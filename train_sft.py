@@ -161,8 +161,9 @@ def main(cfg: Config) -> None:
             line["eval_loss"] = evaluate()
         metrics.write_record(run, step, line)
         distributed.main_print(metrics.format_line(step, steps, line))
-        if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+        if last or distributed.due(step + 1, every=cfg.save_every):
             checkpoint.save_state(run, step + 1, policy, optimizer)
+            distributed.leave_if_asked(done=last)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights = checkpoint.full_state(policy)  # every rank helps to gather

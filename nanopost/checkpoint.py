@@ -4,8 +4,14 @@ A state holds what the next step depends on and the configuration does not say: 
 moments, and one integer. Data order, learning rate and sampling noise are functions of (seed, step), so on a
 CPU a resumed run is the straight run bit for bit. Tensors go to safetensors and the rest to JSON; nothing is
 pickled. States are full, not sharded: a run on two ranks may go on with one.
+
+    run/state/step_<n>/model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
+
+The manifest has size and SHA-256 of the other files. A state is gone on from when all of it is as it was
+written; one that is not is named and passed over for the one before.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -22,6 +28,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Tensors = dict[str, torch.Tensor]
+MANIFEST = "MANIFEST.json"
 
 
 @contextmanager
@@ -70,7 +77,7 @@ def full_state(model: nn.Module) -> Tensors:
 def save_state(
     run: Path | str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int = 2
 ) -> None:
-    """Write run/state/step_<step>/{model,optimizer}.safetensors and state.json.
+    """Write run/state/step_<step>/ with its manifest, in one move.
 
     Args:
         run: the run folder.
@@ -106,13 +113,14 @@ def save_state(
             save_file(moments, new / "optimizer.safetensors")
             record = {"step": step, "groups": groups, "numbers": numbers, "torch": torch.__version__}
             (new / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (new / MANIFEST).write_text(_manifest(new, step), encoding="utf-8")
         for older in _states(folder)[:-keep]:
             shutil.rmtree(older)
     _wait()
 
 
 def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put the newest state of a run back into a model and its optimiser.
+    """Put the newest whole state of a run back into a model and its optimiser; rank 0 names those passed over.
 
     Args:
         run: the run folder. All ranks call and all read.
@@ -121,13 +129,18 @@ def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimiz
     Returns:
         The step to go on with.
     Raises:
-        ValueError: there is no state (nothing is touched then), or names or shapes of the weights, or the
-            optimiser's groups, are not the saved ones.
+        ValueError: there is no whole state (nothing is touched then), or names or shapes of the weights, or
+            the optimiser's groups, are not the saved ones.
     """
-    states = _states(Path(run) / "state")
-    if not states:
-        raise ValueError(f"resume: {run} holds no state to go on from")
-    folder = states[-1]
+    flaws = list[str]()
+    for folder in reversed(_states(Path(run) / "state")):
+        if not (found := flaw(folder)):
+            break
+        flaws.append(f"{folder.name} passed over: {found}")
+    else:
+        raise ValueError("\n".join([f"resume: {run} holds no state to go on from", *flaws]))
+    if flaws and _is_main():
+        print("\n".join(flaws), flush=True)
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
     own = _moving(model)
@@ -146,6 +159,31 @@ def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimiz
         optimizer.state[parameters[name]][key] = _like(value, parameters[name]) if is_moment else value
     _wait()
     return int(record["step"])
+
+
+def flaw(folder: Path) -> str | None:
+    """What is not as it was written in a state's folder, by its manifest; None when all of it is."""
+    path = folder / MANIFEST
+    try:
+        text, step = path.read_text(encoding="utf-8"), int(folder.name.removeprefix("step_"))
+        kept, found = json.loads(text)["files"], json.loads(now := _manifest(folder, step))["files"]
+        for name in sorted({*kept, *found}):
+            if kept.get(name) != found.get(name):
+                return f"{name} is {found.get(name, 'missing')}, written was {kept.get(name, 'none')}"
+        return None if text == now else f"{MANIFEST} is not the one of step {step}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} does not read ({type(error).__name__}: {error})"
+
+
+def _manifest(folder: Path, step: int) -> str:
+    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    entries = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    return json.dumps({"step": step, "files": entries}, indent=2) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _state(model: nn.Module) -> Tensors:

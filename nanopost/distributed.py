@@ -11,6 +11,8 @@ hang. `gathered` puts all weights in place first and keeps them there until its 
 """
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 T = TypeVar("T")
+EXITS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+_asked = set[int]()  # signals that asked this process to leave
 M = TypeVar("M", bound=nn.Module)
 METHODS = ("logps", "next_logits", "values", "scores")  # what a model can be asked beside its forward pass
 
@@ -48,10 +52,39 @@ def setup() -> None:
     torch.set_autocast_dtype(device().type, torch.bfloat16)
     torch.set_autocast_enabled(device().type, bf16())
     torch.set_autocast_cache_enabled(False)  # it would keep the weights of the first step
+    for number in EXITS if threading.current_thread() is threading.main_thread() else ():
+        signal.signal(number, _note)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _note(number: int, _: Any) -> None:
+    """SIGTERM and SIGINT are noted once, to leave after the step; the second of a kind ends at once."""
+    if number in _asked:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    _asked.add(number)
+
+
+def due(step: int, *, every: int) -> bool:
+    """Whether a state is to be saved after so many steps: every so often, and when any rank is to leave."""
+    return bool(every and step % every == 0) or bool(_exit_code())
+
+
+def leave_if_asked(*, done: bool) -> None:
+    """After a state is saved: leave with 143 or 130 where a signal asked any rank to, unless all is done."""
+    if not done and (code := _exit_code()):
+        main_print("asked to leave: the state is saved, --resume goes on from it")
+        teardown()
+        raise SystemExit(code)
+
+
+def _exit_code() -> int:
+    """143 when any rank was sent SIGTERM, 130 for SIGINT, else 0."""
+    counts = all_sum([float(number in _asked) for number in EXITS])
+    return next((code for code, count in zip(EXITS.values(), counts, strict=True) if count), 0)
 
 
 def rank() -> int:
@@ -205,7 +238,10 @@ def barrier() -> None:
 
 
 def teardown() -> None:
-    """Leave the process group; call it last."""
+    """Leave the process group, and signals to whom they belong; call it last."""
+    _asked.clear()
+    for number in EXITS if signal.getsignal(signal.SIGTERM) is _note else ():
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()

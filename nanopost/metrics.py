@@ -11,6 +11,7 @@ Plain files that `head`, `jq` and a spreadsheet read. Only rank 0 writes; every 
 """
 
 import dataclasses
+import fcntl
 import gzip
 import json
 import math
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 T = TypeVar("T")
+_LOCKS: dict[Path, IO[str]] = {}  # the run folders that this process holds
 PACKAGES = ("nanopost", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "tyro")
 
 
@@ -46,8 +48,8 @@ def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any], resume: bo
     Returns:
         The folder as a path.
     Raises:
-        ValueError: the folder has metrics or a state and `resume` is off, or a value of `env` is not the one
-            the run was started with.
+        ValueError: the folder has metrics or a state and `resume` is off, a value of `env` is not the one the
+            run was started with, or another process is at work in the folder.
     """
     run, arguments = Path(run), json.loads(json.dumps(dataclasses.asdict(config), default=str))
     added = json.loads(json.dumps(dict(env)))
@@ -62,6 +64,7 @@ def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any], resume: bo
     if not _is_main():
         return run
     run.mkdir(parents=True, exist_ok=True)
+    _lock(run)
     record: dict[str, Any] = _environment() | added
     if known:
         before = json.loads((run / "args.json").read_text(encoding="utf-8"))
@@ -72,6 +75,18 @@ def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any], resume: bo
     return run
 
 
+def _lock(run: Path) -> None:
+    """Hold the run folder as long as this process lives; the system lets go of it, whatever ends it."""
+    if (path := (run / ".lock").resolve()) in _LOCKS:
+        return
+    _LOCKS[path] = open(path, "w", encoding="utf-8")  # noqa: SIM115 (held until the end)
+    try:
+        fcntl.flock(_LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        _LOCKS.pop(path).close()
+        raise ValueError(f"run: another process is at work in {run}") from error
+
+
 def truncate(run: Path | str, step: int) -> None:
     """Forget everything recorded from `step` on, so that a resumed run tells each step once.
 
@@ -79,10 +94,9 @@ def truncate(run: Path | str, step: int) -> None:
         run: the run folder.
         step: first step to forget: the one about to be taken again. A last line cut by a crash goes too.
     """
-    run = Path(run)
     if not _is_main():
         return
-    if (run / "metrics.jsonl").exists():
+    if ((run := Path(run)) / "metrics.jsonl").exists():
         kept = [record for record in read_records(run) if record["step"] < step]
         _replace(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
     for path in (run / "rollouts").glob("*.jsonl.gz"):
@@ -153,8 +167,8 @@ def write_rollouts(run: Path | str, step: int, rows: list[dict[str, Any]]) -> No
 
 def read_rollouts(run: Path | str, step: int) -> list[dict[str, Any]]:
     """The rows that `write_rollouts` wrote for a step."""
-    with gzip.open(Path(run) / "rollouts" / f"{step:06d}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    path = Path(run) / "rollouts" / f"{step:06d}.jsonl.gz"
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().split("\n")[:-1]]
 
 
 def format_line(step: int, steps: int, values: Mapping[str, Any]) -> str:
@@ -175,12 +189,8 @@ def format_line(step: int, steps: int, values: Mapping[str, Any]) -> str:
 def progress(iterable: Iterable[T], *, desc: str, total: int | None = None) -> "tqdm[T]":
     """A progress bar on stderr inside a long phase; silent when stderr is no terminal and off rank 0.
 
-    Args:
-        iterable: what to go through, unchanged.
-        desc: a word or two for what is going on.
-        total: its length where it has none of its own.
-    Returns:
-        The bar of tqdm: iterate over it, or call `.update(n)` as n more are done and `.close()` at the end.
+    The bar of tqdm: iterate over it, or call `.update(n)` as n more are done and `.close()` at the end; `total`
+    is the length of an iterable that has none of its own.
     """
     from tqdm import tqdm
 
@@ -196,12 +206,7 @@ def _number(value: Any) -> str:
 
 
 def _environment() -> dict[str, Any]:
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None  # running from a checkout, or an extra that is not here
+    installed = {found.name.lower().replace("-", "_"): found.version for found in metadata.distributions()}
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -211,7 +216,7 @@ def _environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "bf16": torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu"),
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
-        "packages": versions,
+        "packages": {name: installed.get(name) for name in PACKAGES},  # None: it is not there
         "commit": _commit(),
     }
 
