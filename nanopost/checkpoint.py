@@ -115,33 +115,36 @@ def save_state(
             (new / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             (new / MANIFEST).write_text(_manifest(new, step), encoding="utf-8")
         for older in _states(folder)[:-keep]:
-            shutil.rmtree(older)
+            os.rename(older, older.with_name(f".{older.name}.gone"))  # a state is whole, or no state
+        for gone in folder.glob(".*.gone"):
+            shutil.rmtree(gone)
     _wait()
 
 
 def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put the newest whole state of a run back into a model and its optimiser; rank 0 names those passed over.
+    """Put the newest whole state of a run back into a model and its optimiser; name those passed over.
 
     Args:
         run: the run folder. All ranks call and all read.
         model: of the same shapes, sharded or not, whatever it was when saved.
         optimizer: built as it was for the saved run.
     Returns:
-        The step to go on with.
+        The step to go on with; 0, and nothing touched, where the run had no time to save a state.
     Raises:
-        ValueError: there is no whole state (nothing is touched then), or names or shapes of the weights, or
-            the optimiser's groups, are not the saved ones.
+        ValueError: there are states and none is whole (nothing is touched then), or names or shapes of the
+            weights, or the optimiser's groups, are not the saved ones.
     """
-    flaws = list[str]()
-    for folder in reversed(_states(Path(run) / "state")):
-        if not (found := flaw(folder)):
-            break
-        flaws.append(f"{folder.name} passed over: {found}")
-    else:
-        raise ValueError("\n".join([f"resume: {run} holds no state to go on from", *flaws]))
-    if flaws and _is_main():
-        print("\n".join(flaws), flush=True)
-    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    states, told = _states(Path(run) / "state"), list[str]()
+    while states and (found := flaw(states[-1])):
+        told.append(f"{states.pop().name} passed over: {found}")
+    if told and not states:
+        raise ValueError("\n".join([f"resume: {run} holds no whole state to go on from", *told]))
+    told += [] if states else [f"resume: {run} holds no state, it begins at the first step"]
+    if told and _is_main():
+        print("\n".join(told), flush=True)
+    if not states:
+        return 0
+    record = json.loads(((folder := states[-1]) / "state.json").read_text(encoding="utf-8"))
     weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
     own = _moving(model)
     _same(folder, "shape of", _shapes(own), _shapes(weights))
@@ -188,8 +191,7 @@ def _sha256(path: Path) -> str:
 
 def _state(model: nn.Module) -> Tensors:
     """Parameters and buffers that a state holds, tied ones under their first name only."""
-    first: dict[Any, str] = {}
-    tensors = model.state_dict(keep_vars=True)
+    first, tensors = dict[Any, str](), model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         first.setdefault(tensor, name)
     return {name: tensors[name] for name in first.values()}

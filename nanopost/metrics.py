@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 T = TypeVar("T")
-_LOCKS: dict[Path, IO[str]] = {}  # the run folders that this process holds
+_LOCKS = set[Path]()  # the run folders that this process holds
 PACKAGES = ("nanopost", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "tyro")
 
 
@@ -79,12 +79,13 @@ def _lock(run: Path) -> None:
     """Hold the run folder as long as this process lives; the system lets go of it, whatever ends it."""
     if (path := (run / ".lock").resolve()) in _LOCKS:
         return
-    _LOCKS[path] = open(path, "w", encoding="utf-8")  # noqa: SIM115 (held until the end)
+    lock = os.open(path, os.O_CREAT | os.O_RDWR)  # held until the end
     try:
-        fcntl.flock(_LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        _LOCKS.pop(path).close()
+        os.close(lock)
         raise ValueError(f"run: another process is at work in {run}") from error
+    _LOCKS.add(path)
 
 
 def truncate(run: Path | str, step: int) -> None:
@@ -189,8 +190,8 @@ def format_line(step: int, steps: int, values: Mapping[str, Any]) -> str:
 def progress(iterable: Iterable[T], *, desc: str, total: int | None = None) -> "tqdm[T]":
     """A progress bar on stderr inside a long phase; silent when stderr is no terminal and off rank 0.
 
-    The bar of tqdm: iterate over it, or call `.update(n)` as n more are done and `.close()` at the end; `total`
-    is the length of an iterable that has none of its own.
+    The bar of tqdm: iterate over it, or call `.update(n)` as n more are done and `.close()` at the end;
+    `total` is the length of an iterable that has none of its own.
     """
     from tqdm import tqdm
 

@@ -1,6 +1,5 @@
 """Exact resume, atomic folders, states that survive what happens to processes."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,12 +82,18 @@ def test_a_state_before_the_first_step(tmp_path: Path) -> None:
     assert bits(other, optimizer) == bits(model, optimizer_of(model))
 
 
-def test_no_state_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+def test_without_a_state_a_run_begins_and_nothing_is_touched(tmp_path: Path, capsys) -> None:
     model = Model(0)
     optimizer = optimizer_of(model)
     train(model, optimizer, 0, 2)
     before = bits(model, optimizer)
-    with pytest.raises(ValueError, match=re.escape(f"resume: {tmp_path} holds no state to go on from")):
+    assert checkpoint.load_state(tmp_path, model, optimizer) == 0
+    assert f"resume: {tmp_path} holds no state, it begins at the first step" in capsys.readouterr().out
+    checkpoint.save_state(tmp_path, 2, model, optimizer)
+    (tmp_path / "state/step_000002/state.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"holds no whole state to go on from\nstep_000002 passed over: state.json"
+    ):
         checkpoint.load_state(tmp_path, model, optimizer)
     assert bits(model, optimizer) == before
 
@@ -103,7 +108,7 @@ def test_the_newest_states_stay_and_hold_no_pickle(tmp_path: Path) -> None:
     assert states == ["step_000040", "step_1000000", "step_999999"]
     assert checkpoint.load_state(tmp_path, model, optimizer) == 1_000_000
     files = sorted(path.name for path in (tmp_path / "state/step_000040").iterdir())
-    assert files == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert files == ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
     weights = checkpoint.load_file(tmp_path / "state/step_000040/model.safetensors")
     assert "head.weight" not in weights and "embed.weight" in weights  # tied: one copy
     assert checkpoint.full_state(model).keys() == {*weights, "frozen"}

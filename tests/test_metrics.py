@@ -37,7 +37,7 @@ def test_a_new_run_writes_down_what_runs(tmp_path: Path) -> None:
     assert env["packages"]["numpy"]
     assert env["commit"] is None or len(env["commit"].split("-")[0]) == 40
     assert "changes" not in env
-    assert sorted(path.name for path in run.iterdir()) == ["args.json", "env.json"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "args.json", "env.json"]
 
 
 def test_a_folder_with_a_run_is_refused_unless_resumed(tmp_path: Path) -> None:

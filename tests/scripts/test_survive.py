@@ -1,11 +1,10 @@
 """Runs that are killed, stopped and started twice: what is on disk afterwards, and what goes on from it."""
 
+import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,12 +19,12 @@ from tests.ranks import ROOT, run_script
 from tests.tiny import hub_folder, write_chats
 
 KILLS = 100 if os.environ.get("NANOPOST_EXAMPLES") is None else 1000
-STEPS = 30
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> list[str]:
-    """A command without its run folder: 30 steps of a tiny model, a state after each."""
+    """A command without its run folder: 12 steps of a tiny model, a state after each."""
     folder = tmp_path_factory.mktemp("survive")
     model, data = hub_folder(folder / "hub"), write_chats(folder / "chats.jsonl", 16)
     command = ["train_sft.py", "--model", model, "--data", data, "--steps", STEPS, "--batch-size", 4]
@@ -67,30 +66,49 @@ def newest(run: Path) -> int:
     return int(states[-1].name.removeprefix("step_")) if states else 0
 
 
+KILLED = """
+import json, os, random, runpy, signal, sys, time
+from pathlib import Path
+from nanopost import checkpoint, config, metrics
+from tests.scripts.test_survive import newest
+folder, kills, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+names = runpy.run_path("train_sft.py", run_name="train_sft")
+names["main"].__globals__["offer_report"] = lambda run: run  # drawing takes longer than all else
+def begin(run):
+    if not (child := os.fork()):
+        names["main"](config.parse(names["Config"], [*sys.argv[4:], "--out", str(run), "--resume"]))
+        sys.stdout.flush()
+        os._exit(0)
+    return child
+start = time.perf_counter()
+assert os.waitpid(begin(folder / "first"), 0)[1] == 0
+lasts, rng, killed, places, runs = time.perf_counter() - start, random.Random(0), 0, set(), []
+while killed < kills:
+    runs.append(run := folder / f"run{len(runs)}")
+    while True:
+        before, child = newest(run), begin(run)
+        time.sleep(rng.uniform(0, 1.3 * lasts))
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            assert status == 0, status
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        killed += 1
+        done = len(metrics.read_records(run))
+        places.add((done, (run / "model").exists()))
+        assert newest(run) >= max(before, done - 1), (newest(run), before, done)
+print(json.dumps([str(run) for run in runs]))
+assert {0, steps} < {done for done, _ in places} and len(places) > 4, places
+"""
+
+
 def test_killed_at_any_moment_nothing_is_lost(start, straight, tmp_path):
     """SIGKILL at random: every state on disk is whole, at most one step is lost, the end is the same."""
-    rng, log, kills, ends, runs = random.Random(0), tmp_path / "log", 0, 0, 0
-    steps_at_kill = set[int]()
-    while kills < KILLS:
-        run, runs = tmp_path / f"run{runs}", runs + 1
-        while True:
-            command = [*start, "--out", str(run), *(["--resume"] if newest(run) else [])]
-            if not newest(run):  # died before its first state: there is nothing to go on from
-                subprocess.run(["rm", "-rf", str(run)], check=True)
-            before, process = newest(run), begin(command, log)
-            process.join(rng.uniform(0.05, 1.6))
-            if process.exitcode is not None:
-                assert process.exitcode == 0, log.read_text()[-2000:]
-                ends += 1
-                same(run, straight)
-                break
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            kills += 1
-            done = len(metrics.read_records(run))
-            steps_at_kill.add(done)
-            assert newest(run) >= max(before, done - 1)
-    assert ends >= 1 and len(steps_at_kill) > 10
+    command = ["-c", KILLED, str(tmp_path), str(KILLS), str(STEPS), *start[1:]]
+    *_, runs = run_script(command, ranks=1, limit=3 * KILLS).splitlines()
+    for run in json.loads(runs):
+        same(Path(run), straight)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -141,7 +159,7 @@ def test_every_rank_leaves_when_one_is_asked(start, straight, tmp_path):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)
 
 
-def test_a_second_trainer_is_refused(start, tmp_path):
+def test_a_second_trainer_is_refused(start, straight, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     process, deadline = begin([*start, "--out", str(run)], log), time.monotonic() + 60
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -153,29 +171,29 @@ def test_a_second_trainer_is_refused(start, tmp_path):
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    run_script([*start, "--out", str(run), *(["--resume"] if newest(run) else [])], ranks=1)
+    run_script([*start, "--out", str(run), "--resume"], ranks=1)
+    same(run, straight)
 
 
 def test_a_broken_state_is_named_and_the_one_before_is_taken(start, straight, tmp_path):
     run = tmp_path / "run"
-    run_script([*start, "--out", str(run), "--steps", "4"], ranks=1)
-    path = run / "state/step_000004/model.safetensors"
+    run_script([*start, "--out", str(run)], ranks=1)
+    path = run / "state/step_000012/model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     printed = run_script([*start, "--out", str(run), "--resume"], ranks=1)
-    assert "step_000004 passed over: model.safetensors is {'size'" in printed
+    assert "step_000012 passed over: model.safetensors is {'size'" in printed
     same(run, straight)
 
 
 CUT = """
-import builtins, os, sys
+import os, sys
 from pathlib import Path
 import torch
 from nanopost import checkpoint, optim
-where, at, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-calls = 0
-def hurt(function):
+where, how, calls = Path(sys.argv[1]), sys.argv[2], 0
+def hurt(function, at):
     def call(*args, **options):
         global calls
         calls += 1
@@ -185,41 +203,41 @@ def hurt(function):
             raise OSError(28, "No space left on device")
         return function(*args, **options)
     return call
+def save(at):
+    os.rename, os.fsync, os.open = hurt(os.rename, at), hurt(os.fsync, at), hurt(os.open, at)
+    checkpoint.save_file, Path.write_text = hurt(checkpoint.save_file, at), hurt(Path.write_text, at)
+    Path.mkdir = hurt(Path.mkdir, at)
+    try:
+        checkpoint.save_state(where, 2, model, optimizer, keep=1)
+    except OSError as error:
+        assert error.errno == 28
+        os._exit(28)
+    os._exit(0)
 model = torch.nn.Linear(3, 2)
 optimizer = optim.adamw(model, lr=0.1, weight_decay=0.0)
-os.rename, os.fsync, os.open = hurt(os.rename), hurt(os.fsync), hurt(os.open)
-checkpoint.save_file, Path.write_text, Path.mkdir = hurt(checkpoint.save_file), hurt(Path.write_text), hurt(Path.mkdir)
-try:
-    checkpoint.save_state(where, 2, model, optimizer, keep=2)
-except OSError as error:
-    print(error)
-    sys.exit(28)
+codes, seen = [], set()
+while 0 not in codes:
+    checkpoint.save_state(where, 1, model, optimizer)
+    if not (child := os.fork()):
+        save(len(codes))
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    states = sorted(path.name for path in (where / "state").glob("step_*"))
+    assert states and not [f for name in states if (f := checkpoint.flaw(where / "state" / name))], states
+    step = checkpoint.load_state(where, model, optimizer)
+    assert step == int(states[-1][-1]) and (step == 2 or codes[-1]), (step, codes)
+    seen.add(tuple(states))
+    for name in states:
+        checkpoint.shutil.rmtree(where / "state" / name)
+print(codes)
+assert set(codes) == {0, 9 if how == "kill" else 28} and len(codes) > 15
+assert seen == {("step_000001",), ("step_000001", "step_000002"), ("step_000002",)}, seen
 """
 
 
 @pytest.mark.parametrize("how", ["kill", "full"])
-def test_a_save_that_is_cut_at_any_call_leaves_the_state_before(tmp_path, how):
+def test_a_save_that_is_cut_at_any_call_leaves_a_whole_state(tmp_path, how):
     """SIGKILL's and a full disk's every boundary: each call to the file system that a save makes."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.save_state(tmp_path, 1, model, optimizer)
-    at, codes = 0, list[int]()
-    with tempfile.TemporaryDirectory() as folder:
-        while not codes or codes[-1] != 0:
-            log = Path(folder) / f"{at}.log"
-            process = begin(["-c", CUT, str(tmp_path), str(at), how], log)
-            process.join(60)
-            codes.append(process.exitcode)
-            assert codes[-1] in (0, 9 if how == "kill" else 28), log.read_text()
-            states = sorted(path.name for path in (tmp_path / "state").glob("step_*"))
-            assert states in (["step_000001"], ["step_000001", "step_000002"])
-            assert not [flaw for name in states if (flaw := checkpoint.flaw(tmp_path / "state" / name))]
-            assert checkpoint.load_state(tmp_path, model, optimizer) == len(states)
-            if codes[-1]:
-                subprocess.run(["rm", "-rf", str(tmp_path / "state/step_000002")], check=True)
-            at += 1
-    assert len(codes) > 15
+    run_script(["-c", CUT, str(tmp_path), how], ranks=1)
 
 
 def test_every_flipped_bit_of_a_state_is_seen(tmp_path):
