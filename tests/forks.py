@@ -19,7 +19,7 @@ if CONTEXT.get_start_method() == "forkserver":
     CONTEXT.set_forkserver_preload(
         [
             *("torch", "torch.distributed.fsdp", "numpy", "pytest", "hypothesis", "jinja2", "tokenizers"),
-            *("safetensors", "tyro", "tqdm", "matplotlib.pyplot"),
+            *("safetensors", "tyro", "tqdm", "matplotlib.pyplot", "torch._dynamo"),  # AdamW loads the last
         ]
     )
 
