@@ -101,8 +101,8 @@ def fill(
             if kind == "weight" and layer.split(".")[-1] in four_bits:
                 bias = model.get_submodule(layer).bias
                 model.set_submodule(layer, NF4Linear(tensor, bias))  # type: ignore[arg-type]
-            else:
-                tensors[name] = tensor
+            else:  # a view of the file would keep all of it mapped
+                tensors[name] = tensor.clone() if four_bits else tensor
     if tied and TIED not in entries:
         tensors[TIED] = tensors[EMBEDDING]
     elif tied and not torch.equal(tensors[TIED], tensors[EMBEDDING]):
