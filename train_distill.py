@@ -161,7 +161,7 @@ def main(cfg: Config) -> None:
 
     def write_texts(path: Path) -> None:
         """The teacher's answers to the data's prompts, each with its origin; then the teacher can go."""
-        model, speaker = distributed.shard(load_model(cfg.teacher).to(device)), load_chat(cfg.teacher)
+        model, speaker = distributed.shard(load_model(cfg.teacher)), load_chat(cfg.teacher)
         prompts = fitting_prompts(speaker, records, model.config.max_position_embeddings - cfg.max_new_tokens)
         done = draw(model, speaker.stop_ids, prompts, 0, cfg.samples)
         mine, named = distributed.shard_rows(records), env["teachers"][0]
@@ -182,7 +182,7 @@ def main(cfg: Config) -> None:
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)
-    teacher = None if cfg.mode == "text" else load_model(cfg.teacher).to(device).requires_grad_(False).eval()
+    teacher = None if cfg.mode == "text" else load_model(cfg.teacher).requires_grad_(False).eval()
     hidden: dict[str, Tensor] = {}
 
     def match(_: torch.nn.Module, states: tuple[Tensor]) -> None:
@@ -196,7 +196,7 @@ def main(cfg: Config) -> None:
         policy.model.projection = torch.nn.Parameter(start)  # trained and saved along, not exported
         policy.lm_head.register_forward_pre_hook(match)
         teacher.lm_head.register_forward_pre_hook(lambda _, states: hidden.update(teacher=states[0]))
-    policy, teacher = distributed.shard(policy.to(device)), teacher and distributed.shard(teacher)
+    policy, teacher = distributed.shard(policy), teacher and distributed.shard(teacher)
     optimizer = optim.adamw(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, policy, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)

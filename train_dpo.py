@@ -159,13 +159,13 @@ def main(cfg: Config) -> None:
     train, held_out = examples_of(cfg.data), examples_of(cfg.eval_data) if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed).to(device))
+    policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed))
     samples = [sample for e in train + held_out for sample in (*e.samples, *e.others)]
     distributed.main_print(f"{len(samples)} completions, scored once: {run / 'logps'} has their log-probs")
 
     def scored(model: torch.nn.Module | Path, samples: list[Sample]) -> list[Tensor]:
         """Log-probs under a model, or a folder's; each rank scores its share, all get all of them."""
-        model = distributed.shard(load_model(model).to(device)) if isinstance(model, Path) else model
+        model = distributed.shard(load_model(model)) if isinstance(model, Path) else model
         with distributed.gathered(model):
             mine = completion_logps(model, distributed.shard_rows(samples), micro_batch=cfg.micro_batch)
         return distributed.join_rows(mine)

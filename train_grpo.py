@@ -89,7 +89,8 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
-    variant = choose(cfg.loss, clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta)
+    clips = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
+    variant = choose(cfg.loss, beta=cfg.beta, **clips)
     least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
     least |= {"group_size": 2 - (variant.baseline in ("none", "batch")), "resample": 0, "overlong_cache": 0}
     for name, low in least.items():
@@ -129,9 +130,9 @@ def main(cfg: Config) -> None:
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed).to(device))
+    policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed))
     trained = policy  # what the optimiser moves and a state holds
-    reference = distributed.shard(load_reference(cfg.ref_model, cfg.model, cfg, seed=cfg.seed).to(device))
+    reference = distributed.shard(load_reference(cfg.ref_model, cfg.model, cfg, seed=cfg.seed))
     optimizer = optim.adamw(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, trained, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)

@@ -16,7 +16,7 @@ Delta to Ouyang et al. 2022: A whitened over the step, γ = 1, no pre-training, 
 
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -34,6 +34,7 @@ from nanopost.evals.rollouts import completion_logps, rollout_record
 from nanopost.losses import aggregate, kl_estimate, local_denom, policy_ratio, value_loss, whiten
 from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
 from nanopost.models.trainable import LoRA, adapter_id, load_reference, save_policy, training
+from nanopost.models.weights import load_config
 from nanopost.report import offer_report
 from nanopost.rewards.math import gsm8k, math_reward
 from nanopost.rollout.sampler import row_uniforms, sample
@@ -88,7 +89,8 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
-    variant = choose("ppo", critic=True, clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta)
+    clips = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
+    variant = choose("ppo", critic=True, beta=cfg.beta, **clips)
     least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
     least |= {"group_size": 1, "epochs": 1, "kl_target": 0, "value_clip": 0, "value_weight": 0}
     optim.steer_beta(variant.beta, 0.0, target=cfg.kl_target)  # a β that it cannot steer is refused here
@@ -107,7 +109,8 @@ def main(cfg: Config) -> None:
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     verify = ppo.rewarded(VERIFIERS.get(cfg.verifier), reward_model=cfg.reward_model)
-    longest = min(ppo.contexts(cfg.model, ref_model, cfg.critic, cfg.reward_model))
+    longest = min(load_config(folder).max_position_embeddings for folder in (cfg.model, ref_model))
+    longest = min([longest, *ppo.contexts(cfg.critic, cfg.reward_model)])
 
     def task_of(record: Record) -> Task:
         """The prompt's tokens; what cannot be sampled or verified is refused here, before the first step."""
@@ -124,11 +127,10 @@ def main(cfg: Config) -> None:
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    pair = ppo.load_pair(cfg.model, cfg.critic, chat, cfg, seed=cfg.seed)
-    policy, critic = (distributed.shard(model.to(device)) for model in pair)
-    scorer = cfg.reward_model and distributed.shard(ppo.load_scorer(cfg.reward_model, chat).to(device))
+    policy, critic = map(distributed.shard, ppo.load_pair(cfg.model, cfg.critic, chat, cfg, seed=cfg.seed))
+    scorer = cfg.reward_model and distributed.shard(ppo.load_scorer(cfg.reward_model, chat))
     trained = ppo.together(policy, critic, beta=variant.beta)  # what the optimiser moves and a state holds
-    reference = distributed.shard(load_reference(cfg.ref_model, cfg.model, cfg, seed=cfg.seed).to(device))
+    reference = distributed.shard(load_reference(cfg.ref_model, cfg.model, cfg, seed=cfg.seed))
     optimizer = optim.adamw(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, trained, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)
@@ -203,7 +205,7 @@ def main(cfg: Config) -> None:
         options = {"group_size": size, "total": distributed.all_sum}
         old_values = ppo.completion_values(critic, completions, micro_batch=cfg.micro_batch)
         options |= {"values": pad_sequence(old_values, batch_first=True), "gae_lambda": cfg.gae_lambda}
-        variant = replace(variant, beta=float(trained.beta))
+        variant = choose("ppo", critic=True, beta=float(trained.beta), **clips)
         advantages = token_advantages(variant, rewards, *padded, mask, **options)
         returns = [row[: len(v)] + v for row, v in zip(advantages, old_values, strict=True)]
         advantages = whiten(advantages, mask, total=distributed.all_sum)
@@ -289,8 +291,7 @@ def main(cfg: Config) -> None:
             copy_chat(cfg.model, folder)
             told = save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
         with checkpoint.atomic_folder(run / "critic") as folder:
-            options = {"base": cfg.critic, "chat": cfg.model, "stop_ids": chat.stop_ids}
-            ppo.save_critic(critic, value_weights, folder, **options)
+            ppo.save_critic(critic, value_weights, folder, base=cfg.critic, chat=chat)
         print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
     distributed.teardown()
 

@@ -153,7 +153,7 @@ def main(cfg: Config) -> None:
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     model = load_score_model(cfg.model, labels=len(SCORES[cfg.labels]), four_bits=four_bits(cfg))
-    model = distributed.shard(adapt(model, cfg, seed=cfg.seed).to(device))
+    model = distributed.shard(adapt(model, cfg, seed=cfg.seed))
     optimizer = optim.adamw(model, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, model, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)

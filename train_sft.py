@@ -94,7 +94,7 @@ def main(cfg: Config) -> None:
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)
-    policy = distributed.shard(policy.to(device))
+    policy = distributed.shard(policy)
     optimizer = optim.adamw(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, policy, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)

@@ -110,18 +110,18 @@ def device() -> torch.device:
 
 
 def shard(model: M) -> M:
-    """Shard a model's parameters over all ranks, block by block, in place.
+    """Move a model to `device()` and shard its parameters over all ranks, block by block, in place.
 
     Args:
-        model: the same weights on every rank, decoder blocks in `model.model.layers`, already on `device()`;
-            its methods `logps`, `next_logits`, `values` and `scores`, where it has them, become ways to run
-            it beside the forward pass.
+        model: the same weights on every rank, decoder blocks in `model.model.layers`; those of METHODS that
+            it has become ways to run it beside the forward pass.
     Returns:
         The same model; sharded already, it stays as it is. Gradients after backward are sums over ranks.
         Outside a forward or backward pass and outside `gathered`, its parameters are DTensors: build the
         optimiser after this call.
     Every rank must run the same number of forward and backward passes, with or without supervised tokens.
     """
+    model = model if isinstance(model, FSDPModule) else model.to(device())
     if world_size() == 1 or isinstance(model, FSDPModule):
         return model
     mesh = init_device_mesh(device().type, (world_size(),))

@@ -144,13 +144,12 @@ def save_critic(
     folder: Path,
     *,
     base: str | Path | None,
-    chat: Path,
-    stop_ids: tuple[int, ...],
+    chat: Chat,
 ) -> None:
-    """A folder that `load_score_model` and --critic read; chat: the policy's folder, base: as --critic."""
-    copy_chat(chat, folder)
-    weights = plain_weights(critic, weights, folder, base=base if isinstance(base, Path) else chat)
-    save_score_model(critic.config, weights, folder, stop_ids=stop_ids, labels=["value"])
+    """A folder that `load_score_model` and --critic read; base: as --critic, chat: the policy's."""
+    copy_chat(chat.folder, folder)
+    weights = plain_weights(critic, weights, folder, base=base if isinstance(base, Path) else chat.folder)
+    save_score_model(critic.config, weights, folder, stop_ids=chat.stop_ids, labels=["value"])
 
 
 @torch.no_grad()

@@ -118,8 +118,8 @@ MUTANTS = [
         source="our own",
         story="The teacher's folder is given and the student's is loaded: loss 0 from the first step.",
         file=SCRIPT,
-        before="load_model(cfg.teacher).to(device).requires_grad_(False)",
-        after="load_model(cfg.model).to(device).requires_grad_(False)",
+        before="load_model(cfg.teacher).requires_grad_(False)",
+        after="load_model(cfg.model).requires_grad_(False)",
         killer=f"{LINE}[forward]",
     ),
     Mutant(

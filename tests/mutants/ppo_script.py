@@ -149,8 +149,8 @@ MUTANTS = [
         source="our own",
         story="A critic or a reward model reads beyond the positions that it has been trained on.",
         file=SCRIPT,
-        before="ppo.contexts(cfg.model, ref_model, cfg.critic, cfg.reward_model)",
-        after="ppo.contexts(cfg.model, ref_model)",
+        before="*ppo.contexts(cfg.critic, cfg.reward_model)",
+        after="*ppo.contexts()",
         killer=f"{TESTS}::{REFUSED}",
     ),
     Mutant(

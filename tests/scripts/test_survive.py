@@ -206,7 +206,7 @@ def hurt(function, at):
 def save(at):
     os.rename, os.fsync, os.open = hurt(os.rename, at), hurt(os.fsync, at), hurt(os.open, at)
     checkpoint.save_file, Path.write_text = hurt(checkpoint.save_file, at), hurt(Path.write_text, at)
-    Path.mkdir = hurt(Path.mkdir, at)
+    Path.mkdir, os.unlink, os.rmdir = hurt(Path.mkdir, at), hurt(os.unlink, at), hurt(os.rmdir, at)
     try:
         checkpoint.save_state(where, 2, model, optimizer, keep=1)
     except OSError as error:

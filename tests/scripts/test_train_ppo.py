@@ -424,7 +424,7 @@ def test_bad_input_is_named_before_anything_is_sampled(start, runs, tmp_path):
     for line, (_, message) in zip(refused, BAD, strict=True):
         assert re.search(message, line), line
     left = {path.name for path in tmp_path.glob("bad*/*")}
-    assert left <= {"args.json", "env.json"} and records(runs("bare")) == before
+    assert left <= {".lock", "args.json", "env.json"} and records(runs("bare")) == before
 
 
 @pytest.mark.slow
