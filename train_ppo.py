@@ -104,7 +104,7 @@ def main(cfg: Config) -> None:
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
     env = {"template": chat.version, "adapter": adapter_id(cfg.model, cfg)}
-    env |= ppo.name_reward_model(cfg.reward_model, chat, tell=distributed.main_print)
+    env |= ppo.name_reward_model(cfg.reward_model, chat, critic=cfg.critic, tell=distributed.main_print)
     run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------

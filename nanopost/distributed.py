@@ -25,8 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 T = TypeVar("T")
-EXITS = {signal.SIGTERM: 143, signal.SIGINT: 130}
-_asked = set[int]()  # signals that asked this process to leave
+EXITS, _asked = {signal.SIGTERM: 143, signal.SIGINT: 130}, set[int]()  # signals to leave, and those noted
 M = TypeVar("M", bound=nn.Module)
 METHODS = ("logps", "next_logits", "values", "scores")  # what a model can be asked beside its forward pass
 
@@ -64,8 +63,9 @@ def _note(number: int, _: Any) -> None:
     """SIGTERM and SIGINT are noted once, to leave after the step; the second of a kind ends at once."""
     if number in _asked:
         signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     _asked.add(number)
+    os.write(2, b"asked to leave: after this step, once its state is saved\n")
 
 
 def due(step: int, *, every: int) -> bool:
@@ -83,8 +83,8 @@ def leave_if_asked(*, done: bool) -> None:
 
 def _exit_code() -> int:
     """143 when any rank was sent SIGTERM, 130 for SIGINT, else 0."""
-    counts = all_sum([float(number in _asked) for number in EXITS])
-    return next((code for code, count in zip(EXITS.values(), counts, strict=True) if count), 0)
+    counts = all_sum({str(code): float(number in _asked) for number, code in EXITS.items()})
+    return int(next((code for code, count in counts.items() if count), 0))
 
 
 def rank() -> int:
@@ -130,9 +130,9 @@ def shard(model: M) -> M:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # The root frees its weights too: for one gather more, nothing stale can outlive an optimiser step.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    for module in _units(model):  # the setters are not recursive
+    for module in _units(model):  # the setters are not recursive; gloo cannot scale inside a reduction
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale inside a reduction
+        module.set_force_sum_reduction_for_comms(True)
     for name in METHODS:
         if hasattr(model, name):
             setattr(model, name, _copied(getattr(model, name)))
@@ -238,7 +238,7 @@ def barrier() -> None:
 
 
 def teardown() -> None:
-    """Leave the process group, and signals to whom they belong; call it last."""
+    """Leave the process group, and let go of the signals; call it last."""
     _asked.clear()
     for number in EXITS if signal.getsignal(signal.SIGTERM) is _note else ():
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)

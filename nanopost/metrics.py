@@ -56,7 +56,7 @@ def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any], resume: bo
     begun = (run / "metrics.jsonl").exists() or (run / "state").exists()
     if begun and not resume:
         raise ValueError(f"run: {run} holds a run already; pass --resume to go on or choose another folder")
-    known = begun and (run / "args.json").exists() and (run / "env.json").exists()
+    known = resume and (run / "args.json").exists() and (run / "env.json").exists()
     old = json.loads((run / "env.json").read_text(encoding="utf-8")) if known else {}
     for key, new in added.items():
         if key in old and old[key] != new:

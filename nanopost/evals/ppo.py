@@ -22,7 +22,8 @@ from nanopost.models.heads import (
     save_score_model,
 )
 from nanopost.models.llama import Llama
-from nanopost.models.trainable import LoRA, adapt, four_bits, load_policy, plain_weights
+from nanopost.models.lora_model import add_adapter
+from nanopost.models.trainable import LoRA, adapt, chosen_adapter, four_bits, load_policy, plain_weights
 from nanopost.models.weights import load_config, read_headers, weights_id
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
@@ -70,9 +71,9 @@ def load_critic(folder: str | Path, chat: Chat, *, quantised: Collection[str] = 
 
 
 def name_reward_model(
-    folder: Path | None, chat: Chat, *, tell: Callable[[str], object]
+    folder: Path | None, chat: Chat, *, critic: str | Path | None = None, tell: Callable[[str], object]
 ) -> dict[str, str | None]:
-    """What a run keeps of its reward model, so that it cannot go on with another one.
+    """What a run keeps of its reward model and critic, so that it cannot go on with others.
 
     Args:
         folder: None where there is none.
@@ -80,14 +81,15 @@ def name_reward_model(
         tell: gets a note where the reward model has another chat template of its own.
 
     Returns:
-        For env.json: `reward_model`, the name of its weights by their content, or None.
+        For env.json: `reward_model`, the name of its weights by their content, or None; `critic` likewise.
 
     Raises:
         ValueError: the folder has no weights or no tokenizer.
     """
     if folder is not None and load_chat(folder).template != chat.template:
         tell("the reward model reads the policy's chat template, which is not its own")
-    return {"reward_model": weights_id(folder) if folder else None}
+    named = {"critic": weights_id(critic)} if isinstance(critic, Path) else {}
+    return {"reward_model": weights_id(folder) if folder else None, **named}
 
 
 def contexts(*folders: str | Path | None) -> list[int]:
@@ -109,15 +111,16 @@ def load_pair(
 
     Returns:
         Two models, or one and the same twice when the trunk is shared.
-
     Raises:
         ValueError: as `load_critic`.
     """
     if critic == "shared":
-        both = adapt(load_actor_critic(folder, four_bits=four_bits(flags)), flags, seed=seed)
-        return both, both
+        return (adapt(load_actor_critic(folder, four_bits=four_bits(flags)), flags, seed=seed),) * 2
+    policy = load_policy(folder, flags, seed=seed)
     model = load_critic(critic or folder, chat, quantised=four_bits(flags))
-    return load_policy(folder, flags, seed=seed), adapt(model, flags, seed=seed)
+    if critic and (adapter := chosen_adapter(flags)):  # --lora-from's factors are the policy's
+        return policy, add_adapter(model, adapter, seed=seed)
+    return policy, adapt(model, flags, seed=seed)
 
 
 def together(policy: nn.Module, critic: nn.Module, *, beta: float) -> nn.ModuleDict:

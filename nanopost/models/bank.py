@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class MixedLinear(nn.Module):
         self.base, self.seats = base, seats  # the seats of the whole model: one entry while a pass runs
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # by name; the scale is in lora_B
-        self.stack: tuple[tuple[str, ...], Tensor, Tensor] | None = None
+        self.stack: tuple[Any, Tensor, Tensor] | None = None
 
     def hold(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
         """Keep an adapter's factors, (r, in) and (out, r); r is 0 where it leaves this layer alone."""
@@ -82,15 +83,17 @@ class MixedLinear(nn.Module):
 
     def stacked(self, present: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """The factors of these adapters, (P, r, in) and (P, out, r); a lower rank is filled up with zeros."""
-        if self.stack and self.stack[0] == present:
+        factors = [(self.lora_A[name], self.lora_B[name]) for name in present]
+        each = [x for pair in factors for x in pair]
+        key = (present, *((x.data_ptr(), x._version) for x in each))  # what was moved or changed is no hit
+        if self.stack and self.stack[0] == key and not any(x.requires_grad for x in each):
             _, lora_A, lora_B = self.stack
             return lora_A, lora_B
-        factors = [(self.lora_A[name], self.lora_B[name]) for name in present]
         rank = max(len(lora_A) for lora_A, _ in factors)
         lora_A = torch.stack([F.pad(x, (0, 0, 0, rank - len(x))) for x, _ in factors])
         lora_B = torch.stack([F.pad(x, (0, rank - x.shape[1])) for _, x in factors])
         if not (lora_A.requires_grad or lora_B.requires_grad):
-            self.stack = present, lora_A, lora_B
+            self.stack = key, lora_A, lora_B
         return lora_A, lora_B
 
 

@@ -147,6 +147,8 @@ def certificate(folder: str | Path, work: Path) -> Iterator[str]:
     save_model(model.config, model.state_dict(), work, stop_ids=(0,))
     again = (load_model(work)(ids)[..., : model.words] - ours).abs().max()
     yield f"logits      written and read again: {again:.2g} away"
+    if (adapter := Path(folder) / "adapter").is_dir():
+        yield from adapter_certificate(adapter, ids, ours)
     if find_spec("transformers") is None:
         yield "logits      transformers is not installed"
         return
@@ -158,8 +160,6 @@ def certificate(folder: str | Path, work: Path) -> Iterator[str]:
         except Exception as error:  # another project may refuse in any way
             told = f"refuses {what}: {' '.join(str(error).split())[:200]}"
         yield f"logits      transformers {library.__version__} {told}"
-    if (adapter := Path(folder) / "adapter").is_dir():
-        yield from adapter_certificate(adapter, ids, ours)
 
 
 def adapter_certificate(adapter: Path, ids: Tensor, merged: Tensor) -> Iterator[str]:

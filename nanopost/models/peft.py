@@ -24,14 +24,15 @@ from nanopost.models.lora_model import TARGETS, Adapter, M, adapter_of, add_adap
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 HEAD = "score.weight"
 NEUTRAL = {  # keys of peft that say nothing here, whatever they are
-    "peft_version", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights",
-    "megatron_core", "qalora_group_size", "auto_mapping", "loftq_config",
+    "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "megatron_core", "qalora_group_size", "auto_mapping",
 }  # fmt: skip
 ONLY = {  # keys with few values that are read, the first ours
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", "SEQ_CLS"),
     "bias": ("none",),
     "modules_to_save": (None, ["score"]),
+    "init_lora_weights": (True, False, "gaussian"),  # pissa, olora, loftq, … change the base as well
 }
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
 

@@ -29,8 +29,8 @@ class LoRA:
     """The flags: a script's configuration has them behind its own."""
 
     lora_rank: int = 0  # adapters of this rank train, beside frozen weights; 0: all weights train
-    lora_alpha: float = 32.0  # α: what an adapter adds is scaled by α/rank
-    lora_targets: Literal["attention", "mlp", "all"] = "all"  # the layers of a block that get one
+    lora_alpha: float | None = None  # α: what an adapter adds is scaled by α/rank; default: 32
+    lora_targets: Literal["attention", "mlp", "all"] | None = None  # the layers that get one; default: all
     lora_from: Path | None = None  # adapter to go on with, in peft's format; its own rank and α hold
     lora_nf4: bool = False  # QLoRA: those layers' frozen weights in four bits
 
@@ -44,11 +44,15 @@ def chosen_adapter(flags: LoRA) -> Adapter | None:
     """
     if flags.lora_rank < 0:
         raise ValueError(f"lora_rank must be at least 0, got {flags.lora_rank}")
+    for name in ("lora_alpha", "lora_targets"):
+        if (value := getattr(flags, name)) is not None and not flags.lora_rank:
+            raise ValueError(f"{name}={value} needs lora_rank: nothing else reads it")
     if flags.lora_from is None:
         if flags.lora_nf4 and not flags.lora_rank:
             raise ValueError("lora_nf4 freezes weights: lora_rank or lora_from must say what trains")
-        targets = TARGETS[flags.lora_targets]
-        return Adapter(flags.lora_rank, flags.lora_alpha, targets) if flags.lora_rank else None
+        alpha = 32.0 if flags.lora_alpha is None else flags.lora_alpha
+        targets = TARGETS[flags.lora_targets or "all"]
+        return Adapter(flags.lora_rank, alpha, targets) if flags.lora_rank else None
     if flags.lora_rank:
         raise ValueError(f"lora_rank={flags.lora_rank} and lora_from={flags.lora_from}: the folder says it")
     adapter = read_adapter(flags.lora_from)

@@ -23,7 +23,10 @@ from nanopost.evals.ppo import (
 )
 from nanopost.evals.reference import weights_id
 from nanopost.models.heads import ScoreModel, load_score_model, save_score_model
+from nanopost.models.lora_model import Adapter, add_adapter
+from nanopost.models.peft import save_adapter
 from nanopost.models.trainable import LoRA
+from nanopost.models.weights import load_model
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
 from tests.chat_fixtures import make_chat
@@ -79,6 +82,24 @@ def test_what_a_critic_starts_from(tmp_path):
         ValueError, match=r"header: its tokenizer is not that of .*chat, so it would read other"
     ):
         load_critic(make_chat(tmp_path / "header", "header").folder, chat)
+
+
+def test_a_critics_folder_keeps_its_values_beside_a_policys_adapter(tmp_path):
+    """The policy goes on with its adapter; the critic starts as its folder, with a new one of its own."""
+    folder, chat, ids = hub_folder(tmp_path / "hub"), make_chat(tmp_path / "chat"), torch.tensor([[3, 1, 4]])
+    trained = add_adapter(load_model(folder), Adapter(2, 4.0), seed=0)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    save_adapter(trained, trained.state_dict(), tmp_path / "adapter", base=folder)
+    scorer = load_score_model(folder)
+    torch.nn.init.normal_(scorer.score.weight, generator=torch.Generator().manual_seed(2))
+    copy_chat(folder, tmp_path / "critic")
+    save_score_model(scorer.config, scorer.state_dict(), tmp_path / "critic", stop_ids=(1,), labels=["value"])
+    flags = LoRA(lora_from=tmp_path / "adapter")
+    policy, critic = load_pair(folder, tmp_path / "critic", chat, flags, seed=0)
+    assert torch.equal(critic.values(ids), scorer.values(ids)) and torch.equal(policy(ids), trained(ids))
+    assert [p for p in critic.parameters() if p.requires_grad and p.ndim == 2]
 
 
 def scorer_folder(folder: Path, chat: Chat) -> Path:

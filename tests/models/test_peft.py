@@ -53,6 +53,8 @@ def test_peft_reads_what_we_write_and_we_what_peft_writes(tmp_path, adapter):
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; nanopost reads 'LORA' only"),
         ({"bias": "all"}, "bias is 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is {'loftq_bits': 4}"),
         ({"use_dora": True}, "use_dora is True, which nanopost does not know how to follow"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
         ({"layers_to_transform": [0]}, r"layers_to_transform is \[0\]"),

@@ -219,9 +219,9 @@ MUTANTS = [
         source="our own",
         story="An adapter that was taken out and put in anew is answered from what was stacked before.",
         file=BANK,
-        before="        if self.stack and self.stack[0] == present:",
-        after="        if self.stack and len(self.stack[0]) == len(present):",
-        killer=f"{TEST_BANK}::test_ten_thousand_events_and_no_wrong_adapter",
+        before="        if self.stack and self.stack[0] == key and",
+        after="        if self.stack and self.stack[0][0] == present and",
+        killer=f"{TEST_BANK}::test_another_tenants_nan_changes_no_bit",
     ),
     Mutant(
         name="name-of-the-weights-alone",
@@ -258,5 +258,14 @@ MUTANTS = [
         before="(grad @ weight).addmm_(back, lora_A)",
         after="(grad @ weight)",
         killer="tests/kernels/test_lora_linear.py::test_values_and_gradients_are_the_formulas",
+    ),
+    Mutant(
+        name="policys-factors-beside-the-critics-trunk",
+        source="our own",
+        story="--lora-from is loaded onto the critic's folder too: its values are no longer that folder's.",
+        file="nanopost/evals/ppo.py",
+        before="    if critic and (adapter := chosen_adapter(flags)):",
+        after="    if (adapter := None) is not None:",
+        killer="tests/evals/test_ppo.py::test_a_critics_folder_keeps_its_values_beside_a_policys_adapter",
     ),
 ]

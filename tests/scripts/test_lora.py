@@ -224,6 +224,8 @@ def test_ranks_change_nothing(start, runs, tmp_path, name, nf4):
         (["--lora-nf4"], "lora_nf4 freezes weights: lora_rank or lora_from must say what trains"),
         (["--lora-rank", "2", "--lora-from", "X"], "lora_rank=2 and lora_from=X: the folder says it"),
         (["--lora-rank", "2", "--lora-alpha", "0"], "alpha must be positive"),
+        (["--lora-alpha", "8"], "lora_alpha=8.0 needs lora_rank"),
+        (["--lora-targets", "mlp", "--lora-from", "X"], "lora_targets=mlp needs lora_rank"),
         (["--lora-rank", "2", "--from-scratch"], "from_scratch trains all weights"),
         (["--lora-from", "X"], "X/adapter_config.json"),
     ],
