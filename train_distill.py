@@ -32,7 +32,7 @@ from nanopost.data.schema import Record, Sample, read_jsonl
 from nanopost.evals.candidates import write_lines
 from nanopost.evals.reference import data_id
 from nanopost.evals.teacher import check_tokenizers, fitting_prompts, name_teachers, text_lines, top_k_kl
-from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, training
+from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, what_trains
 from nanopost.models.weights import load_config, load_model
 from nanopost.report import offer_report
 from nanopost.rollout.sampler import row_uniforms, sample
@@ -259,7 +259,7 @@ def main(cfg: Config) -> None:
         return {f"eval_{name}": value for name, value in distributed.all_sum(total).items()}
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{training(policy)}")
+    distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

@@ -36,7 +36,7 @@ from nanopost.data.preference_samples import completion_sample, preference_sampl
 from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Sample
 from nanopost.evals.reference import Example, fixed_logps, mismatched, sample_id
 from nanopost.evals.rollouts import completion_logps
-from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, training
+from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, what_trains
 from nanopost.models.weights import load_config, load_model
 from nanopost.report import offer_report
 
@@ -257,7 +257,7 @@ def main(cfg: Config) -> None:
         return {f"eval_{name}": value for name, value in line_of(sums, counts).items()}
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{training(policy)}")
+    distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
     fell = any((record["chosen_change"] or 0.0) < -TIE for record in metrics.read_records(run))
     for step in range(first, steps):
         start = time.perf_counter()

@@ -34,7 +34,7 @@ from nanopost.evals.rollouts import completion_logps, rollout_record, trace
 from nanopost.losses import aggregate, kl_estimate, local_denom, overlong_penalty, policy_ratio
 from nanopost.losses.advantages import informative_groups
 from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
-from nanopost.models.trainable import LoRA, adapter_id, load_policy, load_reference, save_policy, training
+from nanopost.models.trainable import LoRA, adapter_id, load_policy, load_reference, save_policy, what_trains
 from nanopost.models.weights import load_config
 from nanopost.report import offer_report
 from nanopost.rewards.math import gsm8k, math_reward
@@ -187,7 +187,7 @@ def main(cfg: Config) -> None:
         return {name: total / len(held_out) for name, total in totals.items()}
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps{training(policy)}")
+    distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps{what_trains(policy)}")
     if variant.surrogate == "clip":
         distributed.main_print("loss is near 0, its gradient is not: advantages sum to 0; watch the reward")
     size, clock, part_size = cfg.group_size, {}, cfg.prompts_per_step // cfg.minibatches

@@ -36,7 +36,7 @@ from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Ratings
 from nanopost.evals import audit
 from nanopost.losses import aggregate, attribute_loss, bradley_terry_loss, process_reward_loss
 from nanopost.models.heads import load_score_model, save_score_model
-from nanopost.models.trainable import LoRA, adapt, adapter_id, four_bits, plain_weights, training
+from nanopost.models.trainable import LoRA, adapt, adapter_id, nf4_layers, plain_weights, what_trains
 from nanopost.models.weights import load_config
 from nanopost.report import offer_report
 
@@ -152,7 +152,7 @@ def main(cfg: Config) -> None:
     audit_examples, audited = [example_of(pair) for pair in audit_pairs], bool(audit_pairs)
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
-    model = load_score_model(cfg.model, labels=len(SCORES[cfg.labels]), four_bits=four_bits(cfg))
+    model = load_score_model(cfg.model, labels=len(SCORES[cfg.labels]), four_bits=nf4_layers(cfg))
     model = distributed.shard(adapt(model, cfg, seed=cfg.seed))
     optimizer = optim.adamw(model, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, model, optimizer) if cfg.resume else 0
@@ -223,7 +223,7 @@ def main(cfg: Config) -> None:
         return audit.label_evaluation(scores.flatten(), labels.flatten(), tokens)
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{training(model)}")
+    distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{what_trains(model)}")
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

@@ -26,7 +26,7 @@ from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample, read_jsonl
 from nanopost.losses import aggregate, sft_loss
-from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, training
+from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, what_trains
 from nanopost.models.weights import load_config
 from nanopost.report import offer_report
 
@@ -132,7 +132,7 @@ def main(cfg: Config) -> None:
         return total / count
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
-    distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{training(policy)}")
+    distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

@@ -26,10 +26,7 @@ import torch
 from bench import machine, measure
 from bench.cases import SMALL
 from bench.inputs import STOP, token_rows
-from bench.ours import adapter_folder, model_folder
-from nanopost.data.collate import collate
-from nanopost.data.schema import Sample
-from nanopost.losses import aggregate, sft_loss
+from bench.ours import adapter_folder, model_folder, sft_step
 from nanopost.models.bank import add_to_bank, open_bank
 from nanopost.models.llama import Llama
 from nanopost.models.peft import load_adapter
@@ -39,20 +36,6 @@ from nanopost.rollout.sampler import row_uniforms, sample
 RESULTS = Path(__file__).parent / "results"
 PASSES = 11
 BARS = {"lora": 1 / 1.25, "mixed": 1 / 1.3}  # the least ratio wanted: theirs over ours
-
-
-def step(model: Llama) -> Callable[[], None]:
-    """Forward and backward of the mean loss."""
-    rows = token_rows(32, 129, SMALL["vocabulary"])
-    batch = collate([Sample(tuple(row), (False,) + (True,) * 128) for row in rows])
-    mask = batch.completion_mask
-
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
-        logps = model.logps(batch.input_ids, batch.target_ids, mask=mask, spans=batch.spans, alike=True)
-        aggregate(sft_loss(logps), mask, mode="token_mean", denom=float(mask.sum())).backward()
-
-    return run
 
 
 def drawn(model: Llama, names: list[str]) -> Callable[[], None]:
@@ -76,8 +59,9 @@ def programs(work: Path) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]
     for name in names:
         add_to_bank(bank, name, work / "adapter")
     beside = load_adapter(load_model(folder), work / "adapter")
+    rows = token_rows(32, 129, SMALL["vocabulary"])
     return {
-        "lora": (step(beside), step(load_model(folder))),
+        "lora": (sft_step(beside, rows), sft_step(load_model(folder), rows)),
         "mixed": (drawn(bank, names), drawn(bank, names[:1])),
     }
 

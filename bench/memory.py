@@ -26,11 +26,10 @@ from typing import Any
 import torch
 
 from bench import machine
+from bench.inputs import token_rows
+from bench.ours import sft_step
 from bench.worker import forget_high_water, high_water
 from nanopost import optim
-from nanopost.data.collate import collate
-from nanopost.data.schema import Sample
-from nanopost.losses import aggregate, sft_loss
 from nanopost.models.config import LlamaConfig
 from nanopost.models.trainable import LoRA, load_policy
 from nanopost.models.weights import random_model, save_model, write_config
@@ -89,17 +88,11 @@ def child(way: str, folder: Path) -> dict[str, int]:
     model = load_policy(folder, WAYS[way], seed=0)
     loaded = loading.end()
     forget_high_water()
-    ids = torch.randint(
-        CONFIG.vocab_size, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(0)
-    ).tolist()
-    batch = collate([Sample(tuple(row), (False,) + (True,) * TOKENS) for row in ids])
+    iterate = sft_step(model, token_rows(ROWS, TOKENS + 1, CONFIG.vocab_size))
     optimizer = optim.adamw(model, lr=1e-5, weight_decay=0.0)
     for _ in range(2):
-        mask = batch.completion_mask
-        logps = model.logps(batch.input_ids, batch.target_ids, mask=mask, spans=batch.spans, alike=True)
-        aggregate(sft_loss(logps), mask, mode="token_mean", denom=float(mask.sum())).backward()
+        iterate()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"trained": trained, "loading": loaded, "step": high_water() - start}
 

@@ -10,6 +10,7 @@ import json
 import runpy
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ def train(work: Path, turn: Turn, rows: list[list[int]], *, bf16: bool = False, 
     model = load_model(work / "model")
     if lora:
         load_adapter(model, work / "adapter")
+    loop(turn, sft_step(model, rows, bf16=bf16), lambda loss: {"loss": loss, **gradients(model)})
+
+
+def sft_step(model: Llama, rows: list[list[int]], *, bf16: bool = False) -> Callable[[], Tensor]:
+    """A function that makes the gradients of these rows anew; the mean loss over all their tokens."""
     samples = [Sample(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in rows]
     batch, count = collate(samples), float(sum(sum(sample.mask) for sample in samples))
 
@@ -115,7 +121,7 @@ def train(work: Path, turn: Turn, rows: list[list[int]], *, bf16: bool = False, 
         loss.backward()
         return loss.detach()
 
-    loop(turn, iterate, lambda loss: {"loss": loss, **gradients(model)})
+    return iterate
 
 
 def sft(

@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -95,9 +96,10 @@ def truncate(run: Path | str, step: int) -> None:
         run: the run folder.
         step: first step to forget: the one about to be taken again. A last line cut by a crash goes too.
     """
+    run = Path(run)
     if not _is_main():
         return
-    if ((run := Path(run)) / "metrics.jsonl").exists():
+    if (run / "metrics.jsonl").exists():
         kept = [record for record in read_records(run) if record["step"] < step]
         _replace(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
     for path in (run / "rollouts").glob("*.jsonl.gz"):
@@ -188,11 +190,7 @@ def format_line(step: int, steps: int, values: Mapping[str, Any]) -> str:
 
 
 def progress(iterable: Iterable[T], *, desc: str, total: int | None = None) -> "tqdm[T]":
-    """A progress bar on stderr inside a long phase; silent when stderr is no terminal and off rank 0.
-
-    The bar of tqdm: iterate over it, or call `.update(n)` as n more are done and `.close()` at the end;
-    `total` is the length of an iterable that has none of its own.
-    """
+    """A tqdm bar on stderr: iterate, or `.update(n)` and `.close()`; none off rank 0 or a terminal."""
     from tqdm import tqdm
 
     silent = not (_is_main() and sys.stderr.isatty())
@@ -207,7 +205,10 @@ def _number(value: Any) -> str:
 
 
 def _environment() -> dict[str, Any]:
-    installed = {found.name.lower().replace("-", "_"): found.version for found in metadata.distributions()}
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)  # None: a checkout, or an extra not here
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -217,7 +218,7 @@ def _environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "bf16": torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu"),
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
-        "packages": {name: installed.get(name) for name in PACKAGES},  # None: it is not there
+        "packages": versions,
         "commit": _commit(),
     }
 

@@ -23,7 +23,7 @@ from nanopost.models.heads import (
 )
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import add_adapter
-from nanopost.models.trainable import LoRA, adapt, chosen_adapter, four_bits, load_policy, plain_weights
+from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers, plain_weights
 from nanopost.models.weights import load_config, read_headers, weights_id
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
@@ -51,13 +51,13 @@ def load_scorer(folder: str | Path, chat: Chat) -> ScoreModel:
     return model
 
 
-def load_critic(folder: str | Path, chat: Chat, *, quantised: Collection[str] = ()) -> ScoreModel:
+def load_critic(folder: str | Path, chat: Chat, *, four_bits: Collection[str] = ()) -> ScoreModel:
     """A model with one score, which reads a policy's token ids; on a language model's folder the head is 0.
 
     Args:
         folder: of a score model or of a language model.
         chat: the policy's.
-        quantised: the layers to keep in four bits.
+        four_bits: as for `load_score_model`.
 
     Raises:
         ValueError: as `load_scorer`, but for the language model.
@@ -67,7 +67,7 @@ def load_critic(folder: str | Path, chat: Chat, *, quantised: Collection[str] = 
             f"{folder}: its tokenizer is not that of {chat.folder}, so it would read other text; train a "
             f"score model that starts from a model with the policy's tokenizer (train_reward.py --model DIR)"
         )
-    return load_score_model(folder, labels=1, four_bits=quantised)
+    return load_score_model(folder, labels=1, four_bits=four_bits)
 
 
 def name_reward_model(
@@ -115,9 +115,9 @@ def load_pair(
         ValueError: as `load_critic`.
     """
     if critic == "shared":
-        return (adapt(load_actor_critic(folder, four_bits=four_bits(flags)), flags, seed=seed),) * 2
+        return (adapt(load_actor_critic(folder, four_bits=nf4_layers(flags)), flags, seed=seed),) * 2
     policy = load_policy(folder, flags, seed=seed)
-    model = load_critic(critic or folder, chat, quantised=four_bits(flags))
+    model = load_critic(critic or folder, chat, four_bits=nf4_layers(flags))
     if critic and (adapter := chosen_adapter(flags)):  # --lora-from's factors are the policy's
         return policy, add_adapter(model, adapter, seed=seed)
     return policy, adapt(model, flags, seed=seed)

@@ -23,9 +23,16 @@ Verifier = Callable[[str, Any], Verdict]
 
 
 def complete(
-    model: Llama, chat: Chat, records: Sequence[Record], *, temperature: float, max_new_tokens: int, seed: int
+    model: Llama,
+    chat: Chat,
+    records: Sequence[Record],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    adapters: Sequence[str] | None = None,
 ) -> list[Rollout]:
-    """One completion for each record's prompt; temperature 0 is greedy."""
+    """One completion for each record's prompt; temperature 0 is greedy, `adapters` are those of `sample`."""
     prompts = [prompt_ids(chat, prompt_messages(record)) for record in records]
     return sample(
         model,
@@ -33,6 +40,7 @@ def complete(
         max_new_tokens=max_new_tokens,
         stop_ids=chat.stop_ids,
         temperature=temperature,
+        adapters=adapters,
         uniforms=row_uniforms(
             seed=seed, step=0, prompts=range(len(prompts)), group_size=1, count=max_new_tokens
         ),
@@ -79,7 +87,7 @@ def stage_row(
         ValueError: a folder that cannot be read; no prompt whose refusal is due.
     """
     model, chat = load_model(folder), load_chat(folder)
-    settings = {"max_new_tokens": max_new_tokens, "seed": seed}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     greedy = judged(chat, records, complete(model, chat, records, temperature=0.0, **settings), verify)
     start = time.process_time()
     sampled = complete(model, chat, records, temperature=1.0, **settings)

@@ -4,13 +4,15 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from nanopost.data.chat import decode, load_chat, prompt_ids
-from nanopost.data.schema import Message
+from nanopost.data.chat import decode, load_chat
+from nanopost.data.schema import Message, Record
+from nanopost.evals.stages import complete
 from nanopost.models.bank import add_to_bank, open_bank
+from nanopost.models.peft import check_origin
 from nanopost.models.registry import audited, read_table, register, stored, write_audit
 from nanopost.models.weights import load_model
-from nanopost.rollout.sampler import row_uniforms, sample
 
 
 def deploy(store: str | Path, folders: Mapping[str, Path], version: str, table: str | Path) -> None:
@@ -48,28 +50,21 @@ def answers(
         The answers, in the order of the requests.
 
     Raises:
-        ValueError: a request that the table does not know, an adapter that is not in the store or has
-            changed: nothing is answered then.
+        ValueError: a request that the table does not know, an adapter that is not in the store, has changed
+            or belongs beside another base: nothing is answered then.
     """
     routes, now = read_table(table), datetime.now(UTC).isoformat()
     records = [audited(routes, request, time=now) for request in requests]
     chat, model = load_chat(base), open_bank(load_model(base))
     for name in sorted({record["adapter"] for record in records}):
+        check_origin(stored(store, name), base, nf4=False)
         add_to_bank(model, name, stored(store, name))
     if audit is not None:
         write_audit(audit, records)
-    prompts = [prompt_ids(chat, (Message("user", request["text"]),)) for request in requests]
-    numbers = range(len(prompts))
-    uniforms = row_uniforms(seed=0, step=0, prompts=numbers, group_size=1, count=max_new_tokens)
-    drawn = sample(
-        model,
-        prompts,
-        adapters=[record["adapter"] for record in records],
-        max_new_tokens=max_new_tokens,
-        stop_ids=chat.stop_ids,
-        temperature=0.0,
-        uniforms=uniforms,
-    )
+    asked = [Record((Message("user", request["text"]),), None, None, {}, "", 0) for request in requests]
+    adapters = [record["adapter"] for record in records]
+    settings: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "seed": 0}
+    drawn = complete(model, chat, asked, adapters=adapters, **settings)
     return [decode(chat, rollout.completion_ids) for rollout in drawn]
 
 

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanopost.losses.checks import wide
+from nanopost.models.cache import side_by_side
 from nanopost.models.llama import Llama
 from nanopost.models.lora import lora_scale
-from nanopost.models.lora_model import TARGETS, size
+from nanopost.models.lora_model import TARGETS, rank_and_alpha
 from nanopost.models.nf4 import NF4Linear
 from nanopost.models.peft import read_factors
 
@@ -146,7 +147,7 @@ def add_to_bank(model: Llama, name: str, folder: str | Path) -> None:
         like = wide(layer.base.weight.new_empty(0))
         lora_A, lora_B = like.new_empty(0, layer.in_features), like.new_empty(layer.out_features, 0)
         if f"{layer_name}.lora_A" in factors:
-            rank, alpha = size(adapter, layer_name)
+            rank, alpha = rank_and_alpha(adapter, layer_name)
             scale = lora_scale(rank, alpha=alpha, rank_stabilised=adapter.rank_stabilised)
             lora_A, lora_B = (factors[f"{layer_name}.lora_{x}"].to(like) for x in "AB")
             lora_B = scale * lora_B
@@ -168,13 +169,9 @@ def remove_from_bank(model: Llama, name: str) -> None:
 def seating(names: Sequence[str], device: torch.device) -> Seating:
     """Sort N tokens by the names of their adapters."""
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    owner = torch.tensor([number[name] for name in names], device=device)
-    count = owner.bincount(minlength=len(number))
-    order, begins = owner.argsort(stable=True), count.cumsum(0) - count
-    rank, most = torch.arange(len(names), device=device) - begins[owner[order]], int(count.max())
-    back = torch.empty_like(owner)
-    back[order] = owner[order] * most + rank
-    places = order[begins][:, None].repeat(1, most)
+    back, most = side_by_side(torch.tensor([number[name] for name in names], device=device), len(number))
+    firsts = torch.tensor([names.index(name) for name in number], device=device)
+    places = firsts[:, None].repeat(1, most)
     places.view(-1)[back] = torch.arange(len(names), device=device)
     return Seating(tuple(number), places, back)
 

@@ -16,6 +16,23 @@ from nanopost.models.attention import Attend, Layout, attend
 from nanopost.models.config import LlamaConfig
 
 
+def side_by_side(owner: Tensor, groups: int) -> tuple[Tensor, int]:
+    """Where each item stands when groups lie side by side, all as wide as the widest, in their items' order.
+
+    Args:
+        owner: (n,), the group of each item, below `groups`.
+
+    Returns:
+        The places, (n,), below groups · width; and that width.
+    """
+    count, order = owner.bincount(minlength=groups), owner.argsort(stable=True)
+    ranked, most = owner[order], int(count.max()) if groups else 0
+    rank = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[ranked]
+    places = torch.empty_like(order)
+    places[order] = ranked * most + rank
+    return places, most
+
+
 class KVCache:
     """Keys and values of G groups' prompts (layers, G, K, P, E), and of n rows (layers, n, K, S, E).
 
@@ -58,15 +75,11 @@ class KVCache:
 
         `seated`: the rows lie as their groups have them, M each, so that they need not be gathered.
         """
-        count = torch.bincount(self.group, minlength=len(self.sizes))
-        order = self.group.argsort(stable=True)
-        ranked, most = self.group[order], int(count.max()) if len(count) else 0
-        rank = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[ranked]
-        self.seat = torch.empty_like(order)
-        self.seat[order] = ranked * most + rank
-        members, rows = order.new_zeros(len(count) * most), torch.arange(len(order), device=order.device)
+        groups, rows = len(self.sizes), torch.arange(len(self.group), device=self.group.device)
+        self.seat, most = side_by_side(self.group, groups)
+        members = rows.new_zeros(groups * most)
         members[self.seat] = rows
-        self.members, self.seated = members.view(len(count), most), torch.equal(members, rows)
+        self.members, self.seated = members.view(groups, most), torch.equal(members, rows)
 
     def _together(self, x: Tensor) -> Tensor:
         """What rows have (n, K, H/K, ·) as their groups have it (G, K, M · H/K, ·)."""

@@ -87,19 +87,20 @@ class LlamaConfig:
         return self.model_type == "qwen3"
 
 
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's pairs as a dict, for `json.loads`: a key that stands there twice is an error."""
+    if len(found := dict(pairs)) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice!r} stands there twice")
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file; errors name the file. A key that stands there twice is one."""
-
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(read := dict(found)) < len(found):
-            twice = Counter(key for key, _ in found).most_common(1)[0][0]
-            raise ValueError(f"{twice!r} stands there twice")
-        return read
-
+    """One JSON object from a file; errors name the file."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(value, dict):

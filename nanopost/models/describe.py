@@ -23,7 +23,7 @@ from nanopost.models.config import FAMILIES, LlamaConfig, load_config, read_json
 from nanopost.models.header import check_entries
 from nanopost.models.heads import HEAD, ScoreModel
 from nanopost.models.llama import Llama
-from nanopost.models.peft import load_adapter
+from nanopost.models.peft import load_adapter, origin, read_adapter
 from nanopost.models.weights import TIED, load_model, read_headers, save_model, shard_files, words
 
 
@@ -168,8 +168,12 @@ def adapter_certificate(adapter: Path, ids: Tensor, merged: Tensor) -> Iterator[
     if not base or not Path(base).is_dir():
         yield f"adapter     its base {base} is not here"
         return
-    beside = load_adapter(load_model(base), adapter)(ids)
+    four_bits = read_adapter(adapter).targets if origin(adapter).get("nf4") == "True" else ()
+    beside = load_adapter(load_model(base, four_bits=four_bits), adapter)(ids)
     yield f"adapter     beside its base: {(beside - merged).abs().max():.2g} away from the merged model"
+    if four_bits:
+        yield "adapter     its base is in four bits, which peft makes otherwise: not compared"
+        return
     if find_spec("transformers") is None or find_spec("peft") is None:
         yield "adapter     transformers and peft are not both installed"
         return

@@ -93,7 +93,7 @@ def add_adapter(model: M, adapter: Adapter, *, seed: int) -> M:
     model.requires_grad_(False)
     for name, layer in layers_of(model, adapter).items():
         digest = sha256(f"{seed} {name}".encode()).digest()
-        rank, alpha = size(adapter, name)
+        rank, alpha = rank_and_alpha(adapter, name)
         added = LoRALinear(
             layer,
             rank=rank,
@@ -131,7 +131,7 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
             found |= {} if name.endswith((".lora_A", ".lora_B")) else {name: tensor}
         elif last == "weight":
             factors = state[f"{layer}.lora_A"], state[f"{layer}.lora_B"]
-            alpha, stable = size(adapter, layer)[1], adapter.rank_stabilised
+            alpha, stable = rank_and_alpha(adapter, layer)[1], adapter.rank_stabilised
             merged = lora_weight(tensor.to(factors[0].device), *factors, alpha=alpha, rank_stabilised=stable)
             found[f"{layer}.weight"] = merged
         else:
@@ -139,7 +139,7 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     return found
 
 
-def size(adapter: Adapter, name: str) -> tuple[int, float]:
+def rank_and_alpha(adapter: Adapter, name: str) -> tuple[int, float]:
     """Rank and α of a layer: those of the first expression that matches its name, else the adapter's."""
     ranks = (rank for pattern, rank in adapter.ranks.items() if matches(pattern, name))
     alphas = (alpha for pattern, alpha in adapter.alphas.items() if matches(pattern, name))

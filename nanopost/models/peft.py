@@ -14,12 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanopost.models.config import read_json
 from nanopost.models.header import check_entries, read_header
-from nanopost.models.lora_model import TARGETS, Adapter, M, adapter_of, add_adapter, layers_of, size
+from nanopost.models.lora_model import TARGETS, Adapter, M, adapter_of, add_adapter, layers_of, rank_and_alpha
+from nanopost.models.nf4 import NF4Linear
+from nanopost.models.weights import weights_id
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 HEAD = "score.weight"
@@ -46,7 +49,7 @@ def save_adapter(
         model: it must have one.
         state: its full state dict; only lora_A, lora_B and a score head are written.
         folder: made if it is not there.
-        base: the folder of the model that it belongs to, for the file.
+        base: the folder of the model that it belongs to; the file has its path and its `weights_id`.
 
     Raises:
         ValueError: the model has no adapter.
@@ -59,7 +62,9 @@ def save_adapter(
     trained = {f"{name}.weight": x for name, x in state.items() if name.endswith((".lora_A", ".lora_B"))}
     trained |= {HEAD: state[HEAD]} if HEAD in state else {}
     tensors = {f"{PREFIX}{name}": x.detach().contiguous() for name, x in trained.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    nf4 = any(isinstance(module, NF4Linear) for module in model.modules())
+    origin = {"format": "pt", "base": weights_id(base), "nf4": str(nf4)}
+    save_file(tensors, folder / WEIGHTS, metadata=origin)
     raw = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if HEAD in state else "CAUSAL_LM",
@@ -117,6 +122,26 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise ValueError(f"{path}: {error}") from error
 
 
+def origin(folder: str | Path) -> dict[str, str]:
+    """What an adapter stood beside: `base`, a `weights_id`, and `nf4`, "True" or not; peft tells neither."""
+    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def check_origin(folder: str | Path, base: str | Path, *, nf4: bool) -> None:
+    """Refuse an adapter that belongs beside another model; one that does not say what it is from is taken.
+
+    Raises:
+        ValueError: it stood beside other weights than those of `base`, or beside them in another format.
+    """
+    told = origin(folder)
+    if told.get("base", known := weights_id(base)) != known:
+        raise ValueError(f"{folder} belongs beside the weights {told['base']}, {base} has {known}")
+    if told.get("nf4", str(nf4)) != str(nf4):
+        beside = "in four bits" if told["nf4"] == "True" else "as they are, not in four bits"
+        raise ValueError(f"{folder} belongs beside weights {beside}")
+
+
 def read_factors(model: nn.Module, folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
     """An adapter of a folder, and its tensors by the names that `add_adapter` gives them.
 
@@ -129,7 +154,7 @@ def read_factors(model: nn.Module, folder: str | Path) -> tuple[Adapter, dict[st
     adapter, path = read_adapter(folder), Path(folder) / WEIGHTS
     entries, wanted = read_header(path), dict[str, tuple[int, ...]]()
     for name, layer in layers_of(model, adapter).items():
-        rank = size(adapter, name)[0]
+        rank = rank_and_alpha(adapter, name)[0]
         wanted[f"{PREFIX}{name}.lora_A.weight"] = rank, layer.in_features
         wanted[f"{PREFIX}{name}.lora_B.weight"] = layer.out_features, rank
     head = getattr(model, "score", None)

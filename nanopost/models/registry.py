@@ -8,14 +8,13 @@
     python -m nanopost.models.registry replay STORE TABLE REQUESTS [--audit FILE]
 
 The adapter of a request is a lookup of tenant and version (`adapters.route`), and an error that names both
-where the table lacks the pair: no default, and never the base. Every routed request leaves a record. A
-rollback is an older table.
+where the table lacks the pair: no default, and never the base. Routing is making the record (`audited`); who
+serves writes it down before the answer. A rollback is an older table.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -23,24 +22,22 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from nanopost.models.adapters import route
-from nanopost.models.config import read_json
+from nanopost.models.config import distinct, read_json
 from nanopost.models.header import read_header
 from nanopost.models.peft import CONFIG, WEIGHTS, read_adapter
+from nanopost.models.weights import content_id
 
 FILES = (CONFIG, WEIGHTS)
 Table = dict[tuple[str, str], str]  # (tenant, version) to the name of an adapter
 
 
 def adapter_name(folder: str | Path) -> str:
-    """The name of an adapter by its content: the SHA-256 over the SHA-256 of its two files, 64 hex digits."""
-    digest = hashlib.sha256()
-    for name in FILES:
-        with open(Path(folder) / name, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    """The name of an adapter: the `content_id` of its two files."""
+    return content_id(Path(folder) / name for name in FILES)
 
 
 def register(store: str | Path, folder: str | Path) -> str:
@@ -56,12 +53,14 @@ def register(store: str | Path, folder: str | Path) -> str:
     if (store / name).exists():
         stored(store, name)
         return name
-    temporary = store / f".{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for file in FILES:
-        shutil.copyfile(Path(folder) / file, temporary / file)
-    os.rename(temporary, store / name)
+    store.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=store, prefix=".") as work:
+        (copy := Path(work) / name).mkdir()
+        for file in FILES:
+            shutil.copyfile(Path(folder) / file, copy / file)
+        if (found := adapter_name(copy)) != name:
+            raise ValueError(f"{folder} changed while it was copied, to {found}")
+        os.rename(copy, store / name)
     return name
 
 
@@ -126,12 +125,13 @@ def read_requests(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The requests of a JSONL file with their lines.
 
     Raises:
-        ValueError: naming file and line of what is no JSON object.
+        ValueError: naming file and line of what is no JSON object, or has a key twice.
     """
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    *lines, last = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate([*lines, *([last] if last else [])], start=1):
         try:
-            request = json.loads(line)
-        except json.JSONDecodeError as error:
+            request = json.loads(line, object_pairs_hook=distinct)
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from error
         if not isinstance(request, dict):
             raise ValueError(f"{path}:{number}: a request must be an object, got {line[:80]}")

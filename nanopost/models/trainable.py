@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import TARGETS, Adapter, M, adapter_of, add_adapter, merged_state
 from nanopost.models.nf4 import NF4Linear
-from nanopost.models.peft import WEIGHTS, load_adapter, read_adapter, save_adapter
-from nanopost.models.weights import load_model, random_model, save_model, weights_id
+from nanopost.models.peft import WEIGHTS, check_origin, load_adapter, read_adapter, save_adapter
+from nanopost.models.weights import content_id, load_model, random_model, save_model, weights_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ def chosen_adapter(flags: LoRA) -> Adapter | None:
     return adapter
 
 
-def four_bits(flags: LoRA) -> Collection[str]:
+def nf4_layers(flags: LoRA) -> Collection[str]:
     """The layers that `load_model` is to quantise."""
     adapter = chosen_adapter(flags)
     return adapter.targets if adapter and flags.lora_nf4 else ()
@@ -92,7 +91,7 @@ def load_policy(folder: str | Path, flags: LoRA, *, seed: int, from_scratch: boo
         ValueError: `from_scratch` with an adapter, which would leave the random weights frozen.
     """
     if not from_scratch:
-        return adapt(load_model(folder, four_bits=four_bits(flags)), flags, seed=seed)
+        return adapt(load_model(folder, four_bits=nf4_layers(flags)), flags, seed=seed)
     if chosen_adapter(flags):
         raise ValueError("from_scratch trains all weights: lora_rank and lora_from must not be given")
     return random_model(folder, seed=seed)
@@ -119,21 +118,31 @@ def save_policy(
 
 @torch.no_grad()
 def read_again(model: Llama, plain: dict[str, Tensor], folder: Path, *, base: Path) -> str:
-    """How far the logits of what a folder holds are from those of the weights that were to be written."""
+    """How far the logits of what a folder holds are from those of the weights that were to be written.
+
+    Raises:
+        ValueError: they are others, or those of base and adapter are further away than rounding.
+    """
     with torch.device("meta"):
         trained = Llama(model.config)
     trained.load_state_dict(plain, strict=False, assign=True)  # a tied head is told once, as the embedding
     if model.config.tie_word_embeddings:
         trained.lm_head.weight = trained.model.embed_tokens.weight
     dtype, ids = trained.lm_head.weight.dtype, torch.arange(3, 35)[None] % model.words
-    logits = load_model(folder, dtype=dtype)(ids)
-    told = f"read again: logits {(trained(ids)[..., : model.words] - logits).abs().max():.1g} away"
+    logits, wanted = load_model(folder, dtype=dtype)(ids), trained(ids)[..., : model.words]
+    if not torch.equal(logits, wanted):
+        raise ValueError(f"{folder}: read again, its logits are {(logits - wanted).abs().max():.2g} away")
+    told, most = "read again: the same logits", float(logits.abs().max())
     if adapter := adapter_of(model):
         quantised = any(isinstance(module, NF4Linear) for module in model.modules())
         beside = load_model(base, dtype=dtype, four_bits=adapter.targets if quantised else ())
-        found = load_adapter(beside, folder / "adapter")(ids)
-        told += f", base and adapter {(found - logits).abs().max():.1g}"
-    return f"{told}, of {logits.abs().max():.2g}"
+        away = float((load_adapter(beside, folder / "adapter")(ids) - logits).abs().max())
+        if not away <= 0.05 * most:  # autocast's bfloat16 rounds by a hundredth
+            raise ValueError(
+                f"{folder}: base and adapter are {away:.2g} away from the merged model, of {most:.2g}"
+            )
+        told += f"; base and adapter {away:.1g} away, of {most:.2g}"
+    return told
 
 
 def plain_weights(
@@ -151,7 +160,7 @@ def plain_weights(
     return merged_state(model, weights)
 
 
-def training(model: nn.Module) -> str:
+def what_trains(model: nn.Module) -> str:
     """How much of a model trains, for a line of print; nothing to say where all of it does."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f", {trained:,} numbers train beside frozen weights" if adapter_of(model) else ""
@@ -161,10 +170,15 @@ def adapter_id(folder: str | Path, flags: LoRA) -> dict[str, Any] | None:
     """What a run with an adapter keeps of how it started: a resumed run must not change it.
 
     A state holds only what trains; so the frozen weights are named by their content.
+
+    Raises:
+        ValueError: an adapter to go on with that stood beside other weights, or another format of them.
     """
     adapter = chosen_adapter(flags)
     if adapter is None:
         return None
+    if flags.lora_from and (flags.lora_from / WEIGHTS).exists():
+        check_origin(flags.lora_from, folder, nf4=flags.lora_nf4)
     start = flags.lora_from and flags.lora_from / WEIGHTS
-    begun = sha256(start.read_bytes()).hexdigest()[:32] if start and start.exists() else None
+    begun = content_id([start]) if start and start.exists() else None
     return {**asdict(adapter), "nf4": flags.lora_nf4, "from": begun, "base": weights_id(folder)}

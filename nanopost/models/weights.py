@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,13 +65,18 @@ def read_headers(folder: str | Path) -> dict[str, Entry]:
     return entries
 
 
-def weights_id(folder: str | Path) -> str:
-    """The name of a hub folder's weights by their content: 32 hex digits of a SHA-256 over their files."""
+def content_id(paths: Iterable[Path]) -> str:
+    """The name of files by their content: 64 hex digits, a SHA-256 over the SHA-256 of each."""
     digest = hashlib.sha256()
-    for path in shard_files(Path(folder)):
+    for path in paths:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
+
+
+def weights_id(folder: str | Path) -> str:
+    """The name of a hub folder's weights by their content: the first 32 digits of `content_id`."""
+    return content_id(shard_files(Path(folder)))[:32]
 
 
 def fill(
@@ -158,9 +163,7 @@ def words(folder: str | Path, config: LlamaConfig) -> int:
     raw = read_json(path)
     try:
         vocabulary = raw["model"]["vocab"]
-        own = (
-            vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        )  # Unigram's: a list
+        own = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         count = 1 + max([*own, *(token["id"] for token in raw.get("added_tokens") or [])])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no vocabulary with ids ({type(error).__name__}: {error})") from error
@@ -214,10 +217,8 @@ def save_model(
         tensors = {name: tensor for name, tensor in tensors.items() if name != TIED}
     write_config(config, folder, dtype=next(iter(tensors.values())).dtype, stop_ids=stop_ids)
     if not (folder / "generation_config.json").exists():
-        generation = {"eos_token_id": list(stop_ids)}
-        (folder / "generation_config.json").write_text(
-            json.dumps(generation, indent=2) + "\n", encoding="utf-8"
-        )
+        text = json.dumps({"eos_token_id": list(stop_ids)}, indent=2) + "\n"
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
     write_tensors(tensors, folder, max_shard_bytes=max_shard_bytes)
 
 

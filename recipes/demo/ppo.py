@@ -9,7 +9,6 @@ stands for, is only looked at. It prints a table of the policies, says where sco
 leaves runs/demo-ppo with summary.json and report.html.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from plan import PLANS, SEED, SETTINGS, Step
-from recipe import FORMATS, machine, run_step, table, write_world
+from recipe import FORMATS, machine, run_step, started, table, write_world
 
 from nanopost.data.schema import Record, read_jsonl
 from nanopost.evals.proxy import parting, proxy_row
@@ -152,24 +151,7 @@ def cells(row: dict[str, Any]) -> dict[str, str | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sft", type=Path, help="a demo run to start from [runs/demo, if its sft is there]")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo-ppo"), help="run folder; must not exist")
-    parser.add_argument(
-        "--settings", type=Path, nargs="+", default=[], help="JSON files whose entries replace the settings"
-    )
-    arguments = parser.parse_args()
-    out: Path = arguments.out
-    if out.exists():
-        sys.exit(f"{out} is there already: move it away, or choose another folder with --out")
-    sft = arguments.sft or (Path("runs/demo") if Path("runs/demo/sft/model").is_dir() else None)
-    if sft and not (sft / "sft" / "model").is_dir():
-        sys.exit(f"{sft} has no sft/model: --sft is the folder of a demo run")
-    settings = SETTINGS | PPO_SETTINGS
-    for path in arguments.settings:
-        settings |= json.loads(path.read_text(encoding="utf-8"))
+    out, sft, settings = started(__doc__, Path("runs/demo-ppo"), SETTINGS | PPO_SETTINGS)
     torch.set_num_threads(1)  # the model is tiny: a second thread costs more than it brings
     begun = time.perf_counter()
     prepare(out, sft, settings)

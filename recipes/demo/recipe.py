@@ -71,6 +71,33 @@ def write_world(out: Path, settings: dict[str, Any]) -> None:
         (out / name / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def started(
+    about: str | None, out: Path, settings: dict[str, Any]
+) -> tuple[Path, Path | None, dict[str, Any]]:
+    """The flags of a recipe on an SFT model: its run folder, the demo run to take that from, its settings.
+
+    Args:
+        about: the recipe's docstring, for --help.
+        out: the run folder if no other is given; it must not exist.
+        settings: what files given with --settings replace entries of.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sft", type=Path, help="a demo run to start from [runs/demo, if its sft is there]")
+    parser.add_argument("--out", type=Path, default=out, help=f"run folder; must not exist [{out}]")
+    parser.add_argument(
+        "--settings", type=Path, nargs="+", default=[], help="JSON files whose entries replace the settings"
+    )
+    given = parser.parse_args()
+    if given.out.exists():
+        sys.exit(f"{given.out} is there already: move it away, or choose another folder with --out")
+    sft = given.sft or (Path("runs/demo") if Path("runs/demo/sft/model").is_dir() else None)
+    if sft and not (sft / "sft" / "model").is_dir():
+        sys.exit(f"{sft} has no sft/model: --sft is the folder of a demo run")
+    for path in given.settings:
+        settings = settings | json.loads(path.read_text(encoding="utf-8"))
+    return given.out, sft, settings
+
+
 def run_step(step: Step, out: Path, settings: dict[str, Any]) -> None:
     """Run a step's command as its own process, printed first."""
     places = {"out": out, "name": step.name, "seed": SEED, "max_new_tokens": settings["max_new_tokens"]}

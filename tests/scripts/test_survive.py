@@ -272,13 +272,37 @@ def test_every_flipped_bit_of_a_state_is_seen(tmp_path):
 
 
 def test_the_same_command_by_hand(start, tmp_path):
-    """In a process of its own, as a shell would start it: Ctrl-C twice ends it at once."""
+    """In a process of its own, as a shell would start it: Ctrl-C lets the step end and saves."""
     run = tmp_path / "run"
     command = [sys.executable, *start, "--out", str(run), "--steps", "100000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) in (130, -signal.SIGINT)
-    assert newest(run) > 0
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert "asked to leave: after this step" in process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130 and newest(run) > 0
+
+
+TWICE = """
+import signal, sys, runpy
+from nanopost import optim
+schedule = optim.schedule
+def asked(*args, **options):
+    signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)  # both inside the first step
+    return schedule(*args, **options)
+optim.schedule = asked
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_asked_twice_it_ends_at_once(start, tmp_path):
+    process = begin(["-c", TWICE, *start, "--out", str(tmp_path / "run")], tmp_path / "log")
+    process.join(60)
+    assert process.exitcode == -signal.SIGINT and not (tmp_path / "run/metrics.jsonl").exists()
