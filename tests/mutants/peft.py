@@ -110,7 +110,7 @@ MUTANTS = [
         file=MODEL,
         before="merged = lora_weight(tensor.to(factors[0].device), *factors,",
         after="merged = tensor if alpha else lora_weight(tensor, *factors,",
-        killer=f"{SCRIPTS}::test_the_folder_is_the_base_with_the_adapter_beside_it",
+        killer=f"{TEST}::test_merged_is_unmerged",
     ),
     Mutant(
         name="four-bits-merged-into-the-full-base",
