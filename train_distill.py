@@ -24,17 +24,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nanopost import checkpoint, config, distributed, losses, metrics, optim
-from nanopost.data.chat import copy_chat, load_chat, record_samples
+from nanopost import checkpoint, config, distributed, export, faults, losses, metrics, optim, runs
+from nanopost.data.chat import load_chat, record_samples
 from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, Sample, read_jsonl
 from nanopost.evals.candidates import write_lines
-from nanopost.evals.reference import data_id
 from nanopost.evals.teacher import check_tokenizers, fitting_prompts, name_teachers, text_lines, top_k_kl
-from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, what_trains
+from nanopost.models.trainable import LoRA, load_policy, what_trains
 from nanopost.models.weights import load_config, load_model
-from nanopost.report import offer_report
 from nanopost.rollout.sampler import row_uniforms, sample
 
 DIVERGENCES = {"forward": losses.forward_kl, "reverse": losses.reverse_kl, "jsd": losses.generalized_jsd}
@@ -59,7 +57,7 @@ RANGES = {  # what a number must be, where it is read; the losses refuse the end
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config(LoRA):
+class Config(LoRA, config.Machine):
     mode: Literal["text", "logits", "on-policy"]  # what the student learns from
     model: Path  # the student: folder in hub format to start from
     data: Path  # JSONL: chats; with text and a teacher, and with on-policy, their prompts alone
@@ -90,9 +88,7 @@ class Config(LoRA):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     eval_every: int = 100  # steps between evaluations; 0: only at the end
     save_every: int = 0  # steps between states to resume from; 0: only at the end
-    resume: bool = False  # go on from the newest state in OUT
     seed: int = 0  # order of the data, the sampler's uniforms, random weights
-    threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
 
 
 def settle(cfg: Config) -> Config:
@@ -127,9 +123,7 @@ def main(cfg: Config) -> None:
         if load_chat(cfg.teacher).template != chat.template:
             distributed.main_print("the teacher reads the student's chat template, which is not its own")
     env = {"template": chat.version, "teachers": name_teachers(cfg.teacher, records, decoding)}
-    env |= {"mode": cfg.mode, "divergence": cfg.divergence, "data": data_id(cfg.data) if decoding else None}
-    env |= {"adapter": adapter_id(cfg.model, cfg)}
-    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
+    run = runs.open_run(cfg.out, cfg, env=env)
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     readers = [cfg.model, *([] if cfg.mode == "text" else [cfg.teacher])]
@@ -269,9 +263,8 @@ def main(cfg: Config) -> None:
         total = dict.fromkeys(names, 0.0)
         for part in metrics.progress(parts, desc="train"):
             measure(part, total, denom).backward()
-        grad_norm = optim.clip_grad_norm(policy, cfg.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        seen = {"loss": total["loss"], "samples": [sample for part in parts for sample in part]}
+        grad_norm = faults.take_step(run, step, optimizer, policy, max_norm=cfg.max_grad_norm, **seen)
 
         last = step + 1 == steps
         line = distributed.all_sum(total) | {"lr": learning_rate(step), "grad_norm": grad_norm}
@@ -281,18 +274,12 @@ def main(cfg: Config) -> None:
             line |= evaluate()
         metrics.write_record(run, step, line)
         distributed.main_print(metrics.format_line(step, steps, line))
-        if last or distributed.due(step + 1, every=cfg.save_every):
-            checkpoint.save_state(run, step + 1, policy, optimizer)
-            distributed.leave_if_asked(done=last)
+        faults.save_if_due(run, step + 1, steps, policy, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights = checkpoint.full_state(policy)  # every rank helps to gather
-    if distributed.is_main():
-        weights.pop("model.projection", None)
-        with checkpoint.atomic_folder(run / "model") as folder:
-            copy_chat(cfg.model, folder)
-            told = save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
-        print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
+    weights.pop("model.projection", None)
+    export.write_policy(run, policy, weights, base=cfg.model, stop_ids=chat.stop_ids)
     distributed.teardown()
 
 

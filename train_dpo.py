@@ -27,8 +27,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nanopost import checkpoint, config, distributed, losses, metrics, optim
-from nanopost.data.chat import copy_chat, load_chat
+from nanopost import checkpoint, config, distributed, export, faults, losses, metrics, optim, runs
+from nanopost.data.chat import load_chat
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.preference import read_preferences
@@ -36,9 +36,8 @@ from nanopost.data.preference_samples import completion_sample, preference_sampl
 from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Sample
 from nanopost.evals.reference import Example, fixed_logps, mismatched, sample_id
 from nanopost.evals.rollouts import completion_logps
-from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, what_trains
+from nanopost.models.trainable import LoRA, load_policy, what_trains
 from nanopost.models.weights import load_config, load_model
-from nanopost.report import offer_report
 
 
 class Loss(NamedTuple):
@@ -67,7 +66,7 @@ while both sides fall: the mass moves to texts that nobody compared. --sft-weigh
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config(LoRA):
+class Config(LoRA, config.Machine):
     model: Path  # folder in hub format to start from
     data: Path  # JSONL of pairs (prompt, chosen, rejected, …); kto reads single labelled completions too
     out: Path = Path("runs/dpo")  # run folder: metrics, log-probs, states, model
@@ -94,9 +93,7 @@ class Config(LoRA):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     eval_every: int = 100  # steps between evaluations; 0: only at the end
     save_every: int = 0  # steps between states to resume from; 0: only at the end
-    resume: bool = False  # go on from the newest state in OUT
     seed: int = 0  # order of the data
-    threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
 
 
 def main(cfg: Config) -> None:
@@ -104,10 +101,7 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
-    least = {"batch_size": 1, "micro_batch": 1, "steps": 0, "sft_weight": 0, "lr": 0, "weight_decay": 0}
-    for name, low in least.items():
-        if not getattr(cfg, name) >= low:
-            raise ValueError(f"{name} must be at least {low}, got {getattr(cfg, name)}")
+    config.at_least(cfg, batch_size=1, micro_batch=1, steps=0, sft_weight=0, lr=0, weight_decay=0)
     if not (cfg.epochs > 0 and cfg.max_grad_norm > 0):
         raise ValueError(f"epochs and max_grad_norm must be above 0, got {cfg.epochs}, {cfg.max_grad_norm}")
     optim.schedule(0, steps=1, warmup=min(cfg.warmup, 1), kind=cfg.schedule, final=cfg.final_lr)
@@ -129,8 +123,7 @@ def main(cfg: Config) -> None:
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
-    env = {"template": chat.version, "loss": cfg.loss, "adapter": adapter_id(cfg.model, cfg)}
-    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
+    run = runs.open_run(cfg.out, cfg, env={"template": chat.version})
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     context = min(load_config(folder).max_position_embeddings for folder in (cfg.model, ref_model))
@@ -269,9 +262,11 @@ def main(cfg: Config) -> None:
             part_loss, part_sums = measure(part, counts, z)
             part_loss.backward()
             sums.update(part_sums)
-        grad_norm = optim.clip_grad_norm(policy, cfg.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        seen = {
+            "loss": sums["loss"],
+            "samples": [s for e in distributed.shard_rows(examples) for s in e.samples],
+        }
+        grad_norm = faults.take_step(run, step, optimizer, policy, max_norm=cfg.max_grad_norm, **seen)
 
         last = step + 1 == steps
         line = line_of(sums, counts) | {"lr": learning_rate(step), "grad_norm": grad_norm}
@@ -282,17 +277,11 @@ def main(cfg: Config) -> None:
         distributed.main_print(metrics.format_line(step, steps, line))
         if not fell and (fell := (line["chosen_change"] or 0.0) < -TIE):
             distributed.main_print(FALLING)
-        if last or distributed.due(step + 1, every=cfg.save_every):
-            checkpoint.save_state(run, step + 1, policy, optimizer)
-            distributed.leave_if_asked(done=last)
+        faults.save_if_due(run, step + 1, steps, policy, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights = checkpoint.full_state(policy)  # every rank helps to gather
-    if distributed.is_main():
-        with checkpoint.atomic_folder(run / "model") as folder:
-            copy_chat(cfg.model, folder)
-            told = save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
-        print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
+    export.write_policy(run, policy, weights, base=cfg.model, stop_ids=chat.stop_ids)
     distributed.teardown()
 
 

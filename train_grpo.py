@@ -25,8 +25,8 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanopost import checkpoint, config, distributed, metrics, optim
-from nanopost.data.chat import copy_chat, decode, load_chat, prompt_ids, prompt_messages
+from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, runs
+from nanopost.data.chat import decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
@@ -34,9 +34,8 @@ from nanopost.evals.rollouts import completion_logps, rollout_record, trace
 from nanopost.losses import aggregate, kl_estimate, local_denom, overlong_penalty, policy_ratio
 from nanopost.losses.advantages import informative_groups
 from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
-from nanopost.models.trainable import LoRA, adapter_id, load_policy, load_reference, save_policy, what_trains
+from nanopost.models.trainable import LoRA, load_policy, load_reference, what_trains
 from nanopost.models.weights import load_config
-from nanopost.report import offer_report
 from nanopost.rewards.math import gsm8k, math_reward
 from nanopost.rollout.sampler import row_uniforms, sample
 from nanopost.worlds import ledger
@@ -47,7 +46,7 @@ Task = tuple[list[int], Record]  # the prompt's tokens, and the record they come
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config(LoRA):
+class Config(LoRA, config.Machine):
     model: Path  # folder in hub format to start from
     data: Path  # JSONL of prompts with answers
     verifier: Literal["gsm8k", "math", "ledger"]  # what scores a completion against the record's answer
@@ -79,9 +78,7 @@ class Config(LoRA):
     eval_every: int = 20  # rollout batches between evaluations; 0: only at the end
     save_every: int = 0  # rollout batches between states to resume from; 0: only at the end
     rollouts_every: int = 10  # rollout batches between those written (rank 0's share); 0: only the last
-    resume: bool = False  # go on from the newest state in OUT
     seed: int = 0  # order of the prompts, and the sampler's uniforms
-    threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
 
 
 def main(cfg: Config) -> None:
@@ -93,9 +90,7 @@ def main(cfg: Config) -> None:
     variant = choose(cfg.loss, beta=cfg.beta, **clips)
     least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
     least |= {"group_size": 2 - (variant.baseline in ("none", "batch")), "resample": 0, "overlong_cache": 0}
-    for name, low in least.items():
-        if not vars(cfg)[name] >= low:
-            raise ValueError(f"{name} must be at least {low} with loss={variant.name}, got {vars(cfg)[name]}")
+    config.at_least(cfg, f" with loss={variant.name}", **least)
     if cfg.overlong_cache > cfg.max_new_tokens:
         raise ValueError(f"overlong_cache={cfg.overlong_cache} exceeds max_new_tokens={cfg.max_new_tokens}")
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
@@ -105,8 +100,7 @@ def main(cfg: Config) -> None:
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
-    env = {"template": chat.version, "adapter": adapter_id(cfg.model, cfg)}
-    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
+    run = runs.open_run(cfg.out, cfg, env={"template": chat.version})
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     verify = VERIFIERS.get(cfg.verifier)
@@ -221,6 +215,7 @@ def main(cfg: Config) -> None:
         sums, norms, share = Counter(), [], len(samples) // cfg.minibatches
         for update in range(cfg.minibatches):
             rows = range(update * share, (update + 1) * share)  # groups adjacent share their prompt's cost
+            found: list[float] = []
             parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
             batches = [collate([completions[i] for i in part], device=device) for part in parts]
             counts = {"mode": variant.aggregation, "max_tokens": cfg.max_new_tokens}
@@ -236,14 +231,15 @@ def main(cfg: Config) -> None:
                 with torch.no_grad():
                     ratio = policy_ratio(logps, old, mask, level=variant.ratio)
                     mask = mask & own[part, None].to(device)
-                    sums["loss"] += float(loss)
+                    found.append(float(loss))
                     sums["clipped"] += float(clip_holds(variant, ratio, pull)[mask].sum())
                     sums["kl_old"] += float(kl_estimate(old, logps, kind="k3")[mask].sum())
                     sums["kl_ref"] += float(kl_estimate(logps, ref, kind="k3")[mask].sum())
                     sums["tokens"] += float(mask.sum())
-            norms.append(optim.clip_grad_norm(policy, cfg.max_grad_norm))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            seen = {"loss": sum(found), "samples": [completions[i] for i in rows]}
+            options = {"max_norm": cfg.max_grad_norm, **seen}
+            norms.append(faults.take_step(run, step, optimizer, policy, **options))
+            sums["loss"] += sum(found)
         clock["train_s"] = time.perf_counter() - start - clock["rollout_s"] - clock["verify_s"]
 
         ours = [(r, verdict) for _, r, _, verdict in samples]
@@ -269,7 +265,7 @@ def main(cfg: Config) -> None:
             "entropy": totals["entropy"] / totals["length"],
             **{name: totals[name] / totals["tokens"] for name in ("clipped", "kl_old", "kl_ref")},
             "loss": totals["loss"] / len(norms),
-            "grad_norm": max(norms),
+            "grad_norm": max(norms, key=lambda norm: (norm != norm, norm)),
             **clock,
         }
         last = step + 1 == cfg.steps
@@ -282,17 +278,11 @@ def main(cfg: Config) -> None:
             means = [float(row.mean()) for row in advantages]
             told = [rollout_record(chat, *row, mean) for row, mean in zip(samples, means, strict=True)]
             metrics.write_rollouts(run, step, told)
-        if last or distributed.due(step + 1, every=cfg.save_every):
-            checkpoint.save_state(run, step + 1, trained, optimizer)
-            distributed.leave_if_asked(done=last)
+        faults.save_if_due(run, step + 1, cfg.steps, trained, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights = checkpoint.full_state(policy)  # every rank helps to gather
-    if distributed.is_main():
-        with checkpoint.atomic_folder(run / "model") as folder:
-            copy_chat(cfg.model, folder)
-            told = save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
-        print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
+    export.write_policy(run, policy, weights, base=cfg.model, stop_ids=chat.stop_ids)
     distributed.teardown()
 
 

@@ -24,8 +24,8 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanopost import checkpoint, config, distributed, metrics, optim
-from nanopost.data.chat import copy_chat, decode, load_chat, prompt_ids, prompt_messages
+from nanopost import atomic, checkpoint, config, distributed, export, faults, metrics, optim, runs
+from nanopost.data.chat import decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
@@ -33,9 +33,8 @@ from nanopost.evals import ppo
 from nanopost.evals.rollouts import completion_logps, rollout_record
 from nanopost.losses import aggregate, kl_estimate, local_denom, policy_ratio, value_loss, whiten
 from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
-from nanopost.models.trainable import LoRA, adapter_id, load_reference, save_policy, what_trains
+from nanopost.models.trainable import LoRA, load_reference, what_trains
 from nanopost.models.weights import load_config
-from nanopost.report import offer_report
 from nanopost.rewards.math import gsm8k, math_reward
 from nanopost.rollout.sampler import row_uniforms, sample
 from nanopost.worlds import ledger
@@ -46,7 +45,7 @@ Task = tuple[list[int], Record]  # the prompt's tokens, and the record they come
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config(LoRA):
+class Config(LoRA, config.Machine):
     model: Path  # folder in hub format to start from
     data: Path  # JSONL of prompts with answers
     verifier: Literal["gsm8k", "math", "ledger"] | None = None  # what scores a completion against its answer
@@ -79,9 +78,7 @@ class Config(LoRA):
     eval_every: int = 20  # rollout batches between evaluations; 0: only at the end
     save_every: int = 0  # rollout batches between states to resume from; 0: only at the end
     rollouts_every: int = 10  # rollout batches between those written (rank 0's share); 0: only the last
-    resume: bool = False  # go on from the newest state in OUT
     seed: int = 0  # order of the prompts, and the sampler's uniforms
-    threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
 
 
 def main(cfg: Config) -> None:
@@ -94,18 +91,16 @@ def main(cfg: Config) -> None:
     least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
     least |= {"group_size": 1, "epochs": 1, "kl_target": 0, "value_clip": 0, "value_weight": 0}
     optim.steer_beta(variant.beta, 0.0, target=cfg.kl_target)  # a β that it cannot steer is refused here
-    for name, low in least.items():
-        if not vars(cfg)[name] >= low:
-            raise ValueError(f"{name} must be at least {low} with loss={variant.name}, got {vars(cfg)[name]}")
+    config.at_least(cfg, f" with loss={variant.name}", **least)
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
         shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
         raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
-    env = {"template": chat.version, "adapter": adapter_id(cfg.model, cfg)}
-    env |= ppo.name_reward_model(cfg.reward_model, chat, critic=cfg.critic, tell=distributed.main_print)
-    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
+    if cfg.reward_model and load_chat(cfg.reward_model).template != chat.template:
+        distributed.main_print("the reward model reads the policy's chat template, which is not its own")
+    run = runs.open_run(cfg.out, cfg, env={"template": chat.version})
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     verify = ppo.rewarded(VERIFIERS.get(cfg.verifier), reward_model=cfg.reward_model)
@@ -214,6 +209,7 @@ def main(cfg: Config) -> None:
         sums, norms, share = Counter(), [], len(samples) // cfg.minibatches
         for update in list(range(cfg.minibatches)) * cfg.epochs:
             rows = range(update * share, (update + 1) * share)  # groups adjacent share their prompt's cost
+            found: list[float] = []
             parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
             batches = [collate([completions[i] for i in part], device=device) for part in parts]
             counts = {"mode": variant.aggregation, "max_tokens": cfg.max_new_tokens}
@@ -232,15 +228,15 @@ def main(cfg: Config) -> None:
                 aggregate(errors, mask, mode=variant.aggregation, denom=denom).backward()
                 with torch.no_grad():
                     ratio = policy_ratio(logps, old, mask, level=variant.ratio)
-                    sums["loss"] += float(loss)
+                    found.append(float(loss))
                     sums["clipped"] += float(clip_holds(variant, ratio, pull)[mask].sum())
                     sums["kl_old"] += float(kl_estimate(old, logps, kind="k3")[mask].sum())
                     sums["kl_ref"] += float(kl_estimate(logps, ref, kind="k3")[mask].sum())
                     sums["tokens"] += float(mask.sum())
-            norms.append(optim.clip_grad_norm(policy, cfg.max_grad_norm))
-            optim.clip_grad_norm(critic, cfg.max_grad_norm)  # apart; no more to clip if shared
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            seen = {"loss": sum(found), "samples": [completions[i] for i in rows]}
+            options = {"max_norm": cfg.max_grad_norm, **seen}
+            norms.append(faults.take_step(run, step, optimizer, policy, critic, **options))
+            sums["loss"] += sum(found)
         clock["train_s"] = time.perf_counter() - start - clock["rollout_s"] - clock["verify_s"]
 
         ours = [(r, verdict) for _, r, _, verdict in samples]
@@ -265,7 +261,7 @@ def main(cfg: Config) -> None:
             **ppo.critic_metrics(old_values, returns, total=distributed.all_sum),
             "beta": variant.beta,
             "loss": totals["loss"] / len(norms),
-            "grad_norm": max(norms),
+            "grad_norm": max(norms, key=lambda norm: (norm != norm, norm)),
             **clock,
         }
         trained.beta.fill_(optim.steer_beta(variant.beta, line["kl_ref"], target=cfg.kl_target))
@@ -280,19 +276,14 @@ def main(cfg: Config) -> None:
             means = [float(row.mean()) for row in advantages]
             told = [rollout_record(chat, *row, mean) for row, mean in zip(samples, means, strict=True)]
             metrics.write_rollouts(run, step, told)
-        if last or distributed.due(step + 1, every=cfg.save_every):
-            checkpoint.save_state(run, step + 1, trained, optimizer)
-            distributed.leave_if_asked(done=last)
+        faults.save_if_due(run, step + 1, cfg.steps, trained, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights, value_weights = ppo.parted(checkpoint.full_state(trained))  # every rank helps to gather
     if distributed.is_main():
-        with checkpoint.atomic_folder(run / "model") as folder:
-            copy_chat(cfg.model, folder)
-            told = save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
-        with checkpoint.atomic_folder(run / "critic") as folder:
+        with atomic.atomic_folder(run / "critic") as folder:
             ppo.save_critic(critic, value_weights, folder, base=cfg.critic, chat=chat)
-        print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
+    export.write_policy(run, policy, weights, base=cfg.model, stop_ids=chat.stop_ids)
     distributed.teardown()
 
 

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from nanopost import checkpoint, config, distributed, metrics, optim
+from nanopost import atomic, checkpoint, config, distributed, faults, metrics, optim, runs
 from nanopost.data.chat import copy_chat, load_chat
 from nanopost.data.collate import pad_ids
 from nanopost.data.order import step_indices
@@ -36,7 +36,7 @@ from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Ratings
 from nanopost.evals import audit
 from nanopost.losses import aggregate, attribute_loss, bradley_terry_loss, process_reward_loss
 from nanopost.models.heads import load_score_model, save_score_model
-from nanopost.models.trainable import LoRA, adapt, adapter_id, nf4_layers, plain_weights, what_trains
+from nanopost.models.trainable import LoRA, adapt, nf4_layers, plain_weights, what_trains
 from nanopost.models.weights import load_config
 from nanopost.report import offer_report
 
@@ -48,7 +48,7 @@ Losses = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]  # losses, w
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config(LoRA):
+class Config(LoRA, config.Machine):
     model: Path  # folder in hub format to start from
     data: Path  # JSONL of preference records of the kind that `labels` says
     labels: Literal["pairs", "attributes", "steps", "outcomes"]  # what the records say about answers
@@ -69,9 +69,7 @@ class Config(LoRA):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     eval_every: int = 100  # steps between evaluations; 0: only at the end
     save_every: int = 0  # steps between states to resume from; 0: only at the end
-    resume: bool = False  # go on from the newest state in OUT
     seed: int = 0  # order of the data
-    threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
 
 
 def main(cfg: Config) -> None:
@@ -79,10 +77,7 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
-    least = {"batch_size": 1, "micro_batch": 1, "steps": 0, "lr": 0, "weight_decay": 0}
-    for name, low in least.items():
-        if not getattr(cfg, name) >= low:
-            raise ValueError(f"{name} must be at least {low}, got {getattr(cfg, name)}")
+    config.at_least(cfg, batch_size=1, micro_batch=1, steps=0, lr=0, weight_decay=0)
     if not (cfg.epochs > 0 and cfg.max_grad_norm > 0):
         raise ValueError(f"epochs and max_grad_norm must be above 0, got {cfg.epochs}, {cfg.max_grad_norm}")
     optim.schedule(0, steps=1, warmup=min(cfg.warmup, 1), kind=cfg.schedule, final=cfg.final_lr)
@@ -94,8 +89,7 @@ def main(cfg: Config) -> None:
     if cfg.audit and not audited:
         raise ValueError(f"audit={cfg.audit} compares whole answers, labels={cfg.labels} does not score them")
     chat = load_chat(cfg.model)
-    env = {"template": chat.version, "labels": cfg.labels, "adapter": adapter_id(cfg.model, cfg)}
-    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
+    run = runs.open_run(cfg.out, cfg, env={"template": chat.version})
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     context = load_config(cfg.model).max_position_embeddings
@@ -153,7 +147,7 @@ def main(cfg: Config) -> None:
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     model = load_score_model(cfg.model, labels=len(SCORES[cfg.labels]), four_bits=nf4_layers(cfg))
-    model = distributed.shard(adapt(model, cfg, seed=cfg.seed))
+    model = distributed.shard(adapt(model, cfg, seed=cfg.seed, base=cfg.model))
     optimizer = optim.adamw(model, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, model, optimizer) if cfg.resume else 0
     metrics.truncate(run, first)
@@ -238,9 +232,11 @@ def main(cfg: Config) -> None:
             part_loss.backward()
             for name, measure in {"loss": values.detach(), **measures}.items():
                 sums[name] = sums.get(name, 0.0) + float(measure.detach()[mask].sum()) / denom
-        grad_norm = optim.clip_grad_norm(model, cfg.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        seen = {
+            "loss": sums.get("loss", 0.0),
+            "samples": [s for e in distributed.shard_rows(examples) for s in e[0]],
+        }
+        grad_norm = faults.take_step(run, step, optimizer, model, max_norm=cfg.max_grad_norm, **seen)
 
         last = step + 1 == steps
         line = {
@@ -265,14 +261,12 @@ def main(cfg: Config) -> None:
                 print(f"audit: {rates}. {audit.NOTE}")
             page = {"step": steps, "labels": cfg.labels, "audit_note": audit.NOTE, **found}
             (run / "evaluation.json").write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
-        if last or distributed.due(step + 1, every=cfg.save_every):
-            checkpoint.save_state(run, step + 1, model, optimizer)
-            distributed.leave_if_asked(done=last)
+        faults.save_if_due(run, step + 1, steps, model, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights = checkpoint.full_state(model)  # every rank helps to gather
     if distributed.is_main():
-        with checkpoint.atomic_folder(run / "model") as folder:
+        with atomic.atomic_folder(run / "model") as folder:
             copy_chat(cfg.model, folder)
             names = {"stop_ids": chat.stop_ids, "labels": SCORES[cfg.labels]}
             plain = plain_weights(model, weights, folder, base=cfg.model)

@@ -20,20 +20,19 @@ from typing import Literal
 
 import torch
 
-from nanopost import checkpoint, config, distributed, metrics, optim
-from nanopost.data.chat import copy_chat, load_chat, record_samples
+from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, runs
+from nanopost.data.chat import load_chat, record_samples
 from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample, read_jsonl
 from nanopost.losses import aggregate, sft_loss
-from nanopost.models.trainable import LoRA, adapter_id, load_policy, save_policy, what_trains
+from nanopost.models.trainable import LoRA, load_policy, what_trains
 from nanopost.models.weights import load_config
-from nanopost.report import offer_report
 
 
 # ---- 1 Configuration ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Config(LoRA):
+class Config(LoRA, config.Machine):
     model: Path  # folder in hub format to start from
     data: Path  # JSONL: messages, prompt + completion, question + answer, or text
     out: Path = Path("runs/sft")  # run folder: metrics, states, model
@@ -52,9 +51,7 @@ class Config(LoRA):
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     eval_every: int = 100  # steps between evaluations; 0: only at the end
     save_every: int = 0  # steps between states to resume from; 0: only at the end
-    resume: bool = False  # go on from the newest state in OUT
     seed: int = 0  # order of the data, and random weights
-    threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
 
 
 def main(cfg: Config) -> None:
@@ -62,16 +59,13 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     distributed.setup()
     device, ranks = distributed.device(), distributed.world_size()
-    for name in ("batch_size", "micro_batch"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
-    if cfg.steps < 0 or not cfg.epochs > 0:
-        raise ValueError(f"steps must be at least 0 and epochs above 0, got {cfg.steps} and {cfg.epochs}")
+    config.at_least(cfg, batch_size=1, micro_batch=1, steps=0)
+    if not cfg.epochs > 0:
+        raise ValueError(f"epochs must be above 0, got {cfg.epochs}")
     if cfg.batch_size % ranks:
         raise ValueError(f"batch_size={cfg.batch_size} must be a multiple of the number of ranks ({ranks})")
     chat = load_chat(cfg.model)
-    env = {"template": chat.version, "adapter": adapter_id(cfg.model, cfg)}
-    run = metrics.open_run(cfg.out, cfg, env=env, resume=cfg.resume)
+    run = runs.open_run(cfg.out, cfg, env={"template": chat.version})
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
     context = load_config(cfg.model).max_position_embeddings
@@ -145,9 +139,8 @@ def main(cfg: Config) -> None:
             part_loss = aggregate(values, mask, mode="token_mean", denom=denom)
             part_loss.backward()
             loss += float(part_loss.detach())
-        grad_norm = optim.clip_grad_norm(policy, cfg.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        seen = {"loss": loss, "samples": distributed.shard_rows(samples)}
+        grad_norm = faults.take_step(run, step, optimizer, policy, max_norm=cfg.max_grad_norm, **seen)
 
         last = step + 1 == steps
         line = {
@@ -161,17 +154,11 @@ def main(cfg: Config) -> None:
             line["eval_loss"] = evaluate()
         metrics.write_record(run, step, line)
         distributed.main_print(metrics.format_line(step, steps, line))
-        if last or distributed.due(step + 1, every=cfg.save_every):
-            checkpoint.save_state(run, step + 1, policy, optimizer)
-            distributed.leave_if_asked(done=last)
+        faults.save_if_due(run, step + 1, steps, policy, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights = checkpoint.full_state(policy)  # every rank helps to gather
-    if distributed.is_main():
-        with checkpoint.atomic_folder(run / "model") as folder:
-            copy_chat(cfg.model, folder)
-            told = save_policy(policy, weights, folder, base=cfg.model, stop_ids=chat.stop_ids)
-        print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
+    export.write_policy(run, policy, weights, base=cfg.model, stop_ids=chat.stop_ids)
     distributed.teardown()
 
 

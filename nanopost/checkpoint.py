@@ -3,12 +3,14 @@
 A state holds what the next step depends on and the configuration does not say: weights, the optimiser's
 moments, and one integer. Data order, learning rate and sampling noise are functions of (seed, step), so on a
 CPU a resumed run is the straight run bit for bit. Tensors go to safetensors and the rest to JSON; nothing is
-pickled. States are full, not sharded: a run on two ranks may go on with one.
+pickled. Each rank writes what it holds, and any number of ranks reads what it needs of it.
 
-    run/state/step_<n>/model.safetensors  optimizer.safetensors  state.json  MANIFEST.json
+    run/state/step_<n>/model.safetensors  optimizer.safetensors
+                       state.json  args.json  env.json  MANIFEST.json
 
-The manifest has size and SHA-256 of the other files. A state is gone on from when all of it is as it was
-written; one that is not is named and passed over for the one before.
+Two ranks write model-00001-of-00002.safetensors and so on. args.json and env.json say what the run was
+started with. The manifest has size and SHA-256 of the other files, and comes last. A state is gone on from
+when all of it is as it was written; one that is not is named, put aside, and passed over for the one before.
 """
 
 import hashlib
@@ -16,51 +18,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+from nanopost import atomic, shards
 
 Tensors = dict[str, torch.Tensor]
 MANIFEST = "MANIFEST.json"
-
-
-@contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Fill a folder out of sight, then put it in place with a rename.
-
-    Args:
-        path: where the folder shall stand; an older one there is replaced once the new one is on disk.
-    Yields:
-        A temporary sibling to write to. If the block raises, it is removed and the older folder stays as it
-        was; after a power cut the leftovers are hidden siblings that the next call for this path cleans up.
-    """
-    path = Path(path)
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if old.exists() and not path.exists():  # cut between the two renames below
-        os.rename(old, path)
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for item in [*temporary.rglob("*"), temporary]:
-            _fsync(item)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if path.exists():
-        os.rename(path, old)
-    os.rename(temporary, path)
-    _fsync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def full_state(model: nn.Module) -> Tensors:
@@ -80,14 +51,15 @@ def save_state(
     """Write run/state/step_<step>/ with its manifest, in one move.
 
     Args:
-        run: the run folder.
+        run: the run folder, on a disk that all ranks see.
         step: steps taken so far, which is the number of the next one.
-        model: as built or sharded; tied weights are written once, frozen ones not at all. All ranks call,
-            rank 0 writes.
+        model: as built or sharded; tied weights are written once, frozen ones not at all. All ranks call, and
+            each writes its own part.
         optimizer: built over the model's parameters.
         keep: how many states stay, the newest ones, ≥ 1.
     Raises:
         ValueError: keep below 1, or the optimiser trains something that is no parameter of the model.
+        OSError: on every rank, when one could not write; the states from before are as they were.
     """
     if keep < 1:
         raise ValueError(f"keep: expected at least 1 state to stay, got {keep}")
@@ -95,37 +67,50 @@ def save_state(
     strangers = sum(p not in names for group in optimizer.param_groups for p in group["params"])
     if strangers:
         raise ValueError(f"optimizer: {strangers} parameters are not the model's (build it after shard)")
-    weights = {name: _full(tensor) for name, tensor in _moving(model).items()}
-    moments: Tensors = {}
-    numbers: dict[str, Any] = {}
+    weights, moments, numbers = _moving(model), Tensors(), dict[str, Any]()
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            entry = f"{name}/{key}"
-            if isinstance(value, torch.Tensor):
-                moments[entry] = _full(value)
-            else:
-                numbers[entry] = value
+            (moments if isinstance(value, torch.Tensor) else numbers)[f"{name}/{key}"] = value
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-    if _is_main():
-        folder = Path(run) / "state"
-        with atomic_folder(folder / f"step_{step:06d}") as new:
-            save_file(weights, new / "model.safetensors")
-            save_file(moments, new / "optimizer.safetensors")
-            record = {"step": step, "groups": groups, "numbers": numbers, "torch": torch.__version__}
-            (new / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            (new / MANIFEST).write_text(_manifest(new, step), encoding="utf-8")
-        for older in _states(folder)[:-keep]:
+    record = {"step": step, "groups": groups, "numbers": numbers, "torch": torch.__version__}
+    path = Path(run) / "state" / f"step_{step:06d}"
+    ranks, here = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    part = f"-{here + 1:05d}-of-{ranks:05d}" if ranks > 1 else ""
+
+    def write_part() -> dict[str, Any]:
+        for what, tensors in (("model", weights), ("optimizer", moments)):
+            shards.write_part(atomic.hidden(path) / f"{what}{part}.safetensors", tensors)
+        return _entries(atomic.hidden(path).glob(f"*{part}.safetensors"))
+
+    def finish() -> None:
+        new, entries = atomic.hidden(path), {name: entry for part in parts for name, entry in part.items()}
+        (new / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for file in (Path(run) / "args.json", Path(run) / "env.json"):
+            if file.exists():
+                shutil.copyfile(file, new / file.name)
+        entries |= _entries(new.glob("*.json"))
+        (new / MANIFEST).write_text(_manifest(step, entries), encoding="utf-8")
+        atomic.finish(new, path)
+        for older in _states(path.parent)[:-keep]:
             os.rename(older, older.with_name(f".{older.name}.gone"))  # a state is whole, or no state
-        for gone in folder.glob(".*.gone"):
-            shutil.rmtree(gone)
-    _wait()
+        for left in [*path.parent.glob(".*.gone"), *path.parent.glob(".*.tmp")]:
+            shutil.rmtree(left)
+
+    try:
+        _together(lambda: atomic.begin(path), main=True)
+        parts = _together(write_part)
+        _together(finish, main=True)
+    except BaseException:
+        if _is_main():
+            shutil.rmtree(atomic.hidden(path), ignore_errors=True)
+        raise
 
 
 def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put the newest whole state of a run back into a model and its optimiser; name those passed over.
 
     Args:
-        run: the run folder. All ranks call and all read.
+        run: the run folder. All ranks call; rank 0 chooses, each reads its own part.
         model: of the same shapes, sharded or not, whatever it was when saved.
         optimizer: built as it was for the saved run.
     Returns:
@@ -134,34 +119,53 @@ def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimiz
         ValueError: there are states and none is whole (nothing is touched then), or names or shapes of the
             weights, or the optimiser's groups, are not the saved ones.
     """
-    states, told = _states(Path(run) / "state"), list[str]()
-    while states and (found := flaw(states[-1])):
-        told.append(f"{states.pop().name} passed over: {found}")
-    if told and not states:
-        raise ValueError("\n".join([f"resume: {run} holds no whole state to go on from", *told]))
-    told += [] if states else [f"resume: {run} holds no state, it begins at the first step"]
-    if told and _is_main():
-        print("\n".join(told), flush=True)
-    if not states:
+    folder = _together(lambda: _choose(Path(run)), main=True)[0]
+    if folder is None:
         return 0
-    record = json.loads(((folder := states[-1]) / "state.json").read_text(encoding="utf-8"))
-    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    weights, moments = (shards.read_index(folder.glob(f"{x}*.safetensors")) for x in ("model", "optimizer"))
     own = _moving(model)
-    _same(folder, "shape of", _shapes(own), _shapes(weights))
+    saved = {name: shards.whole_shape(weights, name) for name in weights}
+    _same(folder, "shape of", {name: list(tensor.shape) for name, tensor in own.items()}, saved)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     _same(folder, "group", dict(enumerate(groups)), dict(enumerate(record["groups"])))
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(_like(weights[name], tensor))
+            shards.local(tensor).copy_(shards.read_part(weights, name, shards.place_of(tensor)[0]))
     optimizer.state.clear()
     parameters = {name: parameter for parameter, name in names.items()}
-    for entry, value in {**moments, **record["numbers"]}.items():
+    for entry in [*moments, *record["numbers"]]:
         name, key = entry.rsplit("/", 1)
-        is_moment = isinstance(value, torch.Tensor) and value.shape == parameters[name].shape
-        optimizer.state[parameters[name]][key] = _like(value, parameters[name]) if is_moment else value
-    _wait()
+        value = _moment(moments, entry, parameters[name]) if entry in moments else record["numbers"][entry]
+        optimizer.state[parameters[name]][key] = value
+    _together(lambda: None)
     return int(record["step"])
+
+
+def _moment(moments: shards.Index, entry: str, parameter: torch.Tensor) -> torch.Tensor:
+    """What the optimiser keeps of a parameter: of its shape and lying as it does, or a number."""
+    if shards.whole_shape(moments, entry) != list(parameter.shape):
+        return shards.read_part(moments, entry, ()).to(parameter.device)
+    moment = torch.empty_like(parameter, requires_grad=False)
+    shards.local(moment).copy_(shards.read_part(moments, entry, shards.place_of(parameter)[0]))
+    return moment
+
+
+def _choose(run: Path) -> Path | None:
+    """The newest state that is whole; newer ones are put aside under another name, and told."""
+    states, told = _states(run / "state"), list[str]()
+    while states and (found := flaw(states[-1])):
+        told.append(f"{states.pop().name} passed over: {found}")
+    if told and not states:
+        raise ValueError("\n".join([f"resume: {run} holds no whole state to go on from", *told]))
+    for path in _states(run / "state")[len(states) :]:
+        shutil.rmtree(aside := path.with_name(f".{path.name}.flawed"), ignore_errors=True)
+        os.rename(path, aside)
+    told += [] if states else [f"resume: {run} holds no state, it begins at the first step"]
+    if told:
+        print("\n".join(told), flush=True)
+    return states[-1] if states else None
 
 
 def flaw(folder: Path) -> str | None:
@@ -169,19 +173,22 @@ def flaw(folder: Path) -> str | None:
     path = folder / MANIFEST
     try:
         text, step = path.read_text(encoding="utf-8"), int(folder.name.removeprefix("step_"))
-        kept, found = json.loads(text)["files"], json.loads(now := _manifest(folder, step))["files"]
+        files = [file for file in folder.iterdir() if file.name != MANIFEST]
+        kept, found = json.loads(text)["files"], _entries(files)
         for name in sorted({*kept, *found}):
             if kept.get(name) != found.get(name):
                 return f"{name} is {found.get(name, 'missing')}, written was {kept.get(name, 'none')}"
-        return None if text == now else f"{MANIFEST} is not the one of step {step}"
+        return None if text == _manifest(step, found) else f"{MANIFEST} is not the one of step {step}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} does not read ({type(error).__name__}: {error})"
 
 
-def _manifest(folder: Path, step: int) -> str:
-    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    entries = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    return json.dumps({"step": step, "files": entries}, indent=2) + "\n"
+def _entries(files: Iterable[Path]) -> dict[str, Any]:
+    return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def _manifest(step: int, entries: dict[str, Any]) -> str:
+    return json.dumps({"step": step, "files": dict(sorted(entries.items()))}, indent=2) + "\n"
 
 
 def _sha256(path: Path) -> str:
@@ -203,22 +210,10 @@ def _moving(model: nn.Module) -> Tensors:
     return {name: tensor for name, tensor in _state(model).items() if name not in frozen}
 
 
-def _shapes(tensors: Tensors) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
-
-
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor on the CPU, gathered from all ranks where it is sharded."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().cpu().contiguous()
-
-
-def _like(value: torch.Tensor, model_tensor: torch.Tensor) -> torch.Tensor:
-    """A whole tensor as the model holds its own: on its device, sharded where that one is."""
-    value = value.to(model_tensor.device)
-    if isinstance(model_tensor, DTensor):
-        return distribute_tensor(value, model_tensor.device_mesh, model_tensor.placements)
-    return value
 
 
 def _same(folder: Path, what: str, own: dict[Any, Any], saved: dict[Any, Any]) -> None:
@@ -233,18 +228,22 @@ def _states(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _wait() -> None:
+def _together(act: Callable[[], Any], *, main: bool = False) -> list[Any]:
+    """What each rank's call returns, or rank 0's alone; what one raises, all raise."""
+    mine: tuple[Any, Exception | None]
+    try:
+        mine = act() if _is_main() or not main else None, None
+    except (OSError, ValueError, SafetensorError) as error:
+        mine = None, error if isinstance(error, (OSError, ValueError)) else OSError(str(error))
+    parts = [mine]
     if dist.is_initialized():
-        dist.barrier()
+        parts *= dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+    for _, raised in parts:
+        if raised:
+            raise raised
+    return [result for result, _ in parts]

@@ -3,13 +3,38 @@
 A script's configuration is one flat dataclass, one comment a field. The comment is the help text of the flag
 and the default is the flag's default, so that neither can drift. Parsing is tyro's; it is imported where it
 is used, because the libraries below the scripts never need it. The record is written to args.json in the run
-folder by `metrics.open_run`.
+folder by `runs.open_run`.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The flags of every script that are not about what is trained; they come behind its own."""
+
+    resume: bool = False  # go on from the newest state in OUT
+    accept: str = ""  # what may have changed since the run began, names with commas: data,lr
+    threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
+
+
+def at_least(cfg: Any, why: str = "", /, **least: float) -> None:
+    """Refuse fields that are below what makes sense.
+
+    Args:
+        cfg: the configuration.
+        why: what the bounds hold for, for the message.
+        least: the smallest value by the field's name.
+    Raises:
+        ValueError: a field is smaller, or NaN; it is named with its value.
+    """
+    for name, low in least.items():
+        if not getattr(cfg, name) >= low:
+            raise ValueError(f"{name} must be at least {low}{why}, got {getattr(cfg, name)}")
 
 
 def parse(Config: type[C], argv: Sequence[str] | None = None) -> C:

@@ -73,10 +73,10 @@ def due(step: int, *, every: int) -> bool:
     return bool(every and step % every == 0) or bool(_exit_code())
 
 
-def leave_if_asked(*, done: bool) -> None:
-    """After a state is saved: leave with 143 or 130 where a signal asked any rank to, unless all is done."""
+def leave_if_asked(told: str, *, done: bool) -> None:
+    """After a state is saved, or `told` why not: leave where a signal asked for it, unless all is done."""
     if not done and (code := _exit_code()):
-        main_print("asked to leave: the state is saved, --resume goes on from it")
+        main_print(f"asked to leave: {told}")
         teardown()
         raise SystemExit(code)
 

@@ -1,92 +1,27 @@
-"""One line and one JSON record a step, and the run folder they live in.
+"""One line and one JSON record a step.
 
-    run/args.json                 the configuration of the last start
-    run/env.json                  python, torch, platform, package versions, commit:
-                                  what a number needs to be believed
     run/metrics.jsonl             one record a step
     run/rollouts/000012.jsonl.gz  the samples of step 12
-    run/model/  run/state/        written by `checkpoint`
 
 Plain files that `head`, `jq` and a spreadsheet read. Only rank 0 writes; every rank may call.
 """
 
-import dataclasses
-import fcntl
 import gzip
 import json
 import math
 import os
-import platform
-import subprocess
+import re
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 T = TypeVar("T")
-_LOCKS = set[Path]()  # the run folders that this process holds
-PACKAGES = ("nanopost", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "tyro")
-
-
-def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any], resume: bool) -> Path:
-    """Make the run folder and write down what is about to run.
-
-    Args:
-        run: the folder; parents are made.
-        config: instance of a flat dataclass, written to args.json.
-        env: JSON values to add to env.json, such as a template's version. A resumed start may not change
-            them: with another template it is not the same run.
-        resume: go on in a folder that holds a run already. Fields that differ from the last start are kept in
-            env.json under "changes", oldest first.
-    Returns:
-        The folder as a path.
-    Raises:
-        ValueError: the folder has metrics or a state and `resume` is off, a value of `env` is not the one the
-            run was started with, or another process is at work in the folder.
-    """
-    run, arguments = Path(run), json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    added = json.loads(json.dumps(dict(env)))
-    begun = (run / "metrics.jsonl").exists() or (run / "state").exists()
-    if begun and not resume:
-        raise ValueError(f"run: {run} holds a run already; pass --resume to go on or choose another folder")
-    known = resume and (run / "args.json").exists() and (run / "env.json").exists()
-    old = json.loads((run / "env.json").read_text(encoding="utf-8")) if known else {}
-    for key, new in added.items():
-        if key in old and old[key] != new:
-            raise ValueError(f"{key}: {run} was started with {old[key]!r}, this start has {new!r}")
-    if not _is_main():
-        return run
-    run.mkdir(parents=True, exist_ok=True)
-    _lock(run)
-    record: dict[str, Any] = _environment() | added
-    if known:
-        before = json.loads((run / "args.json").read_text(encoding="utf-8"))
-        changed = {k: [before.get(k), v] for k, v in arguments.items() if before.get(k) != v}
-        record["changes"] = old.get("changes", []) + ([changed] if changed else [])
-    _replace(run / "args.json", (json.dumps(arguments, indent=2, ensure_ascii=False) + "\n").encode())
-    _replace(run / "env.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
-    return run
-
-
-def _lock(run: Path) -> None:
-    """Hold the run folder as long as this process lives; the system lets go of it, whatever ends it."""
-    if (path := (run / ".lock").resolve()) in _LOCKS:
-        return
-    lock = os.open(path, os.O_CREAT | os.O_RDWR)  # held until the end
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise ValueError(f"run: another process is at work in {run}") from error
-    _LOCKS.add(path)
 
 
 def truncate(run: Path | str, step: int) -> None:
@@ -101,9 +36,9 @@ def truncate(run: Path | str, step: int) -> None:
         return
     if (run / "metrics.jsonl").exists():
         kept = [record for record in read_records(run) if record["step"] < step]
-        _replace(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
-    for path in (run / "rollouts").glob("*.jsonl.gz"):
-        if int(path.name.split(".")[0]) >= step:
+        replace_file(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
+    for path in [*(run / "rollouts").glob("*.jsonl.gz"), *(run / "skipped").glob("*.jsonl")]:
+        if int(re.split(r"\D", path.name)[0]) >= step:
             path.unlink()
 
 
@@ -113,18 +48,25 @@ def write_record(run: Path | str, step: int, values: Mapping[str, Any]) -> None:
     Args:
         run: the run folder.
         step: counted from 0.
-        values: JSON numbers, strings, booleans or None by name.
+        values: JSON numbers, strings, booleans or None by name. A "grad_norm" of NaN says that the step was
+            not taken (`faults.take_step`): what is not finite in its record is null, the norm among them.
     Raises:
         ValueError: a value is NaN, infinite or nothing JSON can hold; the name is told.
     """
+    values, taken = dict(values), not _lost(values.get("grad_norm"))
     for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if _lost(value) and taken:
             raise ValueError(f"{name}: expected a finite number at step {step}, got {value}")
+        values[name] = None if _lost(value) else value
         if not isinstance(value, (int, float, str, type(None))):
             raise ValueError(f"{name}: expected a number or text at step {step}, got {type(value).__name__}")
     if _is_main():
         with open(Path(run) / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _lost(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_records(run: Path | str) -> list[dict[str, Any]]:
@@ -165,7 +107,7 @@ def write_rollouts(run: Path | str, step: int, rows: list[dict[str, Any]]) -> No
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     except (TypeError, ValueError) as error:
         raise ValueError(f"rows: step {step} holds what JSON cannot: {error}") from error
-    _replace(folder / f"{step:06d}.jsonl.gz", gzip.compress(text.encode(), mtime=0))
+    replace_file(folder / f"{step:06d}.jsonl.gz", gzip.compress(text.encode(), mtime=0))
 
 
 def read_rollouts(run: Path | str, step: int) -> list[dict[str, Any]]:
@@ -204,46 +146,11 @@ def _number(value: Any) -> str:
     return text if len(text) <= 9 else f"{value:.2e}"  # -1.23e-10 is the widest
 
 
-def _environment() -> dict[str, Any]:
-    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)  # None: a checkout, or an extra not here
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "bf16": torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu"),
-        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
-        "packages": versions,
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this code is in, "-dirty" where files differ from it; None outside one."""
-    code = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(code), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        if not git("ls-files", Path(__file__).name):
-            return None
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-    except FileNotFoundError:  # no git on this machine
-        return None
-
-
 def _is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Write a file in one move: a reader sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from nanopost import checkpoint, optim
+from nanopost import atomic, checkpoint, optim
 
 
 class Model(nn.Module):
@@ -109,7 +110,7 @@ def test_the_newest_states_stay_and_hold_no_pickle(tmp_path: Path) -> None:
     assert checkpoint.load_state(tmp_path, model, optimizer) == 1_000_000
     files = sorted(path.name for path in (tmp_path / "state/step_000040").iterdir())
     assert files == ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"]
-    weights = checkpoint.load_file(tmp_path / "state/step_000040/model.safetensors")
+    weights = load_file(tmp_path / "state/step_000040/model.safetensors")
     assert "head.weight" not in weights and "embed.weight" in weights  # tied: one copy
     assert checkpoint.full_state(model).keys() == {*weights, "frozen"}
 
@@ -146,7 +147,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_a_folder_appears_whole_and_replaces_the_older(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
     for text in ("one", "two"):
-        with checkpoint.atomic_folder(target) as folder:
+        with atomic.atomic_folder(target) as folder:
             (folder / "sub").mkdir()
             (folder / "sub" / f"{text}.txt").write_text(text)
             assert not (target / "sub" / f"{text}.txt").exists()
@@ -156,9 +157,9 @@ def test_a_folder_appears_whole_and_replaces_the_older(tmp_path: Path) -> None:
 
 def test_an_error_leaves_the_older_folder(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with checkpoint.atomic_folder(target) as folder:
+    with atomic.atomic_folder(target) as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(RuntimeError, match="disk"), checkpoint.atomic_folder(target) as folder:
+    with pytest.raises(RuntimeError, match="disk"), atomic.atomic_folder(target) as folder:
         (folder / "a").write_text("new")
         raise RuntimeError("disk full")
     assert contents(target) == {"a": "old"}
@@ -167,7 +168,7 @@ def test_an_error_leaves_the_older_folder(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys
-from nanopost import checkpoint
+from nanopost import atomic
 where, renames = sys.argv[1], int(sys.argv[2])
 real = os.rename
 def rename(source, target):
@@ -177,7 +178,7 @@ def rename(source, target):
     renames -= 1
     real(source, target)
 os.rename = rename
-with checkpoint.atomic_folder(where) as folder:
+with atomic.atomic_folder(where) as folder:
     (folder / "a").write_text("new")
 """
 
@@ -185,13 +186,13 @@ with checkpoint.atomic_folder(where) as folder:
 @pytest.mark.parametrize("renames", [0, 1])
 def test_a_power_cut_at_any_moment_loses_nothing(tmp_path: Path, renames: int) -> None:
     target = tmp_path / "model"
-    with checkpoint.atomic_folder(target) as folder:
+    with atomic.atomic_folder(target) as folder:
         (folder / "a").write_text("old")
     done = subprocess.run([sys.executable, "-c", KILLED, str(target), str(renames)], timeout=60)
     assert done.returncode == 9
     kept = target if renames == 0 else tmp_path / ".model.old"
     assert contents(kept) == {"a": "old"}
-    with pytest.raises(RuntimeError), checkpoint.atomic_folder(target):
+    with pytest.raises(RuntimeError), atomic.atomic_folder(target):
         raise RuntimeError("and the next writer fails too")
     assert contents(target) == {"a": "old"}  # put back
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

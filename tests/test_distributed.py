@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanopost import checkpoint, distributed, metrics, optim
+from nanopost import checkpoint, distributed, metrics, optim, shards
 from nanopost.losses.likelihood import sft_loss
 from nanopost.losses.reduce import aggregate, local_denom
 from nanopost.models.config import LlamaConfig
@@ -123,8 +123,12 @@ def close(one: Any, other: Any) -> None:
 
 def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     folder = run / "state" / f"step_{step:06d}"
-    tensors = checkpoint.load_file(folder / "model.safetensors")
-    return tensors | checkpoint.load_file(folder / "optimizer.safetensors")
+    index = shards.read_index(folder.glob("*.safetensors"))
+    return {name: shards.read_part(index, name, whole_place(index, name)) for name in index}
+
+
+def whole_place(index: shards.Index, name: str) -> shards.Place:
+    return tuple((0, size) for size in shards.whole_shape(index, name))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """The run folder: what is written, what is refused, what a resumed run forgets."""
 
-import dataclasses
 import doctest
 import gzip
 import io
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -16,66 +14,8 @@ import torch
 from nanopost import metrics
 
 
-@dataclasses.dataclass
-class Config:
-    out: Path = Path("runs/x")
-    steps: int = 3
-    betas: tuple[float, float] = (0.9, 0.95)
-
-
 def read(path: Path) -> dict:
     return json.loads(path.read_text())
-
-
-def test_a_new_run_writes_down_what_runs(tmp_path: Path) -> None:
-    run = metrics.open_run(tmp_path / "a" / "b", Config(), env={"template": "0f3a"}, resume=False)
-    assert run == tmp_path / "a" / "b"
-    assert read(run / "args.json") == {"out": "runs/x", "steps": 3, "betas": [0.9, 0.95]}
-    env = read(run / "env.json")
-    assert env["template"] == "0f3a" and env["torch"] == torch.__version__ and env["threads"] == 1
-    assert env["python"] == ".".join(map(str, sys.version_info[:3])) and env["ranks"] == 1
-    assert env["packages"]["numpy"]
-    assert env["commit"] is None or len(env["commit"].split("-")[0]) == 40
-    assert "changes" not in env
-    assert sorted(path.name for path in run.iterdir()) == [".lock", "args.json", "env.json"]
-
-
-def test_a_folder_with_a_run_is_refused_unless_resumed(tmp_path: Path) -> None:
-    metrics.open_run(tmp_path, Config(), env={}, resume=True)  # nothing there yet: a first start
-    metrics.open_run(tmp_path, Config(), env={}, resume=False)  # and still nothing
-    metrics.write_record(tmp_path, 0, {"loss": 1.0})
-    with pytest.raises(ValueError, match="--resume"):
-        metrics.open_run(tmp_path, Config(), env={}, resume=False)
-    metrics.open_run(tmp_path, Config(), env={}, resume=True)
-    assert metrics.read_records(tmp_path) == [{"step": 0, "loss": 1.0}]
-    (tmp_path / "other" / "state").mkdir(parents=True)
-    with pytest.raises(ValueError, match="--resume"):
-        metrics.open_run(tmp_path / "other", Config(), env={}, resume=False)
-
-
-def test_changed_arguments_are_kept_in_order(tmp_path: Path) -> None:
-    metrics.open_run(tmp_path, Config(), env={}, resume=False)
-    metrics.write_record(tmp_path, 0, {})
-    metrics.open_run(tmp_path, Config(steps=5), env={}, resume=True)
-    metrics.open_run(tmp_path, Config(steps=5), env={}, resume=True)
-    metrics.open_run(tmp_path, Config(steps=5, betas=(0.9, 0.9)), env={}, resume=True)
-    assert read(tmp_path / "args.json")["steps"] == 5
-    changes = [{"steps": [3, 5]}, {"betas": [[0.9, 0.95], [0.9, 0.9]]}]
-    assert read(tmp_path / "env.json")["changes"] == changes
-
-
-def test_a_resumed_run_keeps_its_env(tmp_path: Path) -> None:
-    metrics.open_run(tmp_path, Config(), env={"template": "other"}, resume=False)
-    metrics.open_run(tmp_path, Config(), env={"template": "abc", "sizes": (1, 2)}, resume=False)  # not begun
-    metrics.write_record(tmp_path, 0, {})
-    metrics.open_run(tmp_path, Config(), env={"template": "abc", "sizes": (1, 2)}, resume=True)
-    before = (tmp_path / "args.json").read_bytes(), (tmp_path / "env.json").read_bytes()
-    message = f"template: {tmp_path} was started with 'abc', this start has 'def'"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        metrics.open_run(tmp_path, Config(steps=5), env={"template": "def"}, resume=True)
-    assert before == ((tmp_path / "args.json").read_bytes(), (tmp_path / "env.json").read_bytes())
-    metrics.open_run(tmp_path, Config(), env={"template": "abc", "later": 1}, resume=True)
-    assert read(tmp_path / "env.json")["later"] == 1  # a value the first start did not tell is added
 
 
 def test_truncate_forgets_from_a_step_on(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from nanopost.models.heads import (
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import add_adapter
 from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers, plain_weights
-from nanopost.models.weights import load_config, read_headers, weights_id
+from nanopost.models.weights import load_config, read_headers
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
 
@@ -70,28 +70,6 @@ def load_critic(folder: str | Path, chat: Chat, *, four_bits: Collection[str] = 
     return load_score_model(folder, labels=1, four_bits=four_bits)
 
 
-def name_reward_model(
-    folder: Path | None, chat: Chat, *, critic: str | Path | None = None, tell: Callable[[str], object]
-) -> dict[str, str | None]:
-    """What a run keeps of its reward model and critic, so that it cannot go on with others.
-
-    Args:
-        folder: None where there is none.
-        chat: the policy's. It writes the prompts that the reward model reads.
-        tell: gets a note where the reward model has another chat template of its own.
-
-    Returns:
-        For env.json: `reward_model`, the name of its weights by their content, or None; `critic` likewise.
-
-    Raises:
-        ValueError: the folder has no weights or no tokenizer.
-    """
-    if folder is not None and load_chat(folder).template != chat.template:
-        tell("the reward model reads the policy's chat template, which is not its own")
-    named = {"critic": weights_id(critic)} if isinstance(critic, Path) else {}
-    return {"reward_model": weights_id(folder) if folder else None, **named}
-
-
 def contexts(*folders: str | Path | None) -> list[int]:
     """The tokens that each of the models can read; None and "shared" are no folders."""
     return [load_config(path).max_position_embeddings for path in folders if isinstance(path, Path)]
@@ -115,12 +93,13 @@ def load_pair(
         ValueError: as `load_critic`.
     """
     if critic == "shared":
-        return (adapt(load_actor_critic(folder, four_bits=nf4_layers(flags)), flags, seed=seed),) * 2
+        both = load_actor_critic(folder, four_bits=nf4_layers(flags))
+        return (adapt(both, flags, seed=seed, base=folder),) * 2
     policy = load_policy(folder, flags, seed=seed)
     model = load_critic(critic or folder, chat, four_bits=nf4_layers(flags))
     if critic and (adapter := chosen_adapter(flags)):  # --lora-from's factors are the policy's
         return policy, add_adapter(model, adapter, seed=seed)
-    return policy, adapt(model, flags, seed=seed)
+    return policy, adapt(model, flags, seed=seed, base=folder)
 
 
 def together(policy: nn.Module, critic: nn.Module, *, beta: float) -> nn.ModuleDict:

@@ -9,9 +9,9 @@ adapter beside it in the folder `adapter`, as peft has it.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from nanopost.models.llama import Llama
 from nanopost.models.lora_model import TARGETS, Adapter, M, adapter_of, add_adapter, merged_state
 from nanopost.models.nf4 import NF4Linear
 from nanopost.models.peft import WEIGHTS, check_origin, load_adapter, read_adapter, save_adapter
-from nanopost.models.weights import content_id, load_model, random_model, save_model, weights_id
+from nanopost.models.weights import load_model, random_model, save_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +67,21 @@ def nf4_layers(flags: LoRA) -> Collection[str]:
     return adapter.targets if adapter and flags.lora_nf4 else ()
 
 
-def adapt(model: M, flags: LoRA, *, seed: int) -> M:
+def adapt(model: M, flags: LoRA, *, seed: int, base: str | Path) -> M:
     """Give a model the adapter of the flags; without one it stays as it is, and all of it trains.
 
     A folder that has the configuration of an adapter and no weights starts a new one: so rsLoRA, and ranks by
     layer, are a file away.
+
+    Raises:
+        ValueError: an adapter to go on with that stood beside other weights than the folder `base` has, or
+            beside another format of them.
     """
     adapter = chosen_adapter(flags)
     if adapter is None:
         return model
     if flags.lora_from and (flags.lora_from / WEIGHTS).exists():
+        check_origin(flags.lora_from, base, nf4=flags.lora_nf4)
         return load_adapter(model, flags.lora_from)
     return add_adapter(model, adapter, seed=seed)
 
@@ -91,7 +96,7 @@ def load_policy(folder: str | Path, flags: LoRA, *, seed: int, from_scratch: boo
         ValueError: `from_scratch` with an adapter, which would leave the random weights frozen.
     """
     if not from_scratch:
-        return adapt(load_model(folder, four_bits=nf4_layers(flags)), flags, seed=seed)
+        return adapt(load_model(folder, four_bits=nf4_layers(flags)), flags, seed=seed, base=folder)
     if chosen_adapter(flags):
         raise ValueError("from_scratch trains all weights: lora_rank and lora_from must not be given")
     return random_model(folder, seed=seed)
@@ -164,21 +169,3 @@ def what_trains(model: nn.Module) -> str:
     """How much of a model trains, for a line of print; nothing to say where all of it does."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f", {trained:,} numbers train beside frozen weights" if adapter_of(model) else ""
-
-
-def adapter_id(folder: str | Path, flags: LoRA) -> dict[str, Any] | None:
-    """What a run with an adapter keeps of how it started: a resumed run must not change it.
-
-    A state holds only what trains; so the frozen weights are named by their content.
-
-    Raises:
-        ValueError: an adapter to go on with that stood beside other weights, or another format of them.
-    """
-    adapter = chosen_adapter(flags)
-    if adapter is None:
-        return None
-    if flags.lora_from and (flags.lora_from / WEIGHTS).exists():
-        check_origin(flags.lora_from, folder, nf4=flags.lora_nf4)
-    start = flags.lora_from and flags.lora_from / WEIGHTS
-    begun = content_id([start]) if start and start.exists() else None
-    return {**asdict(adapter), "nf4": flags.lora_nf4, "from": begun, "base": weights_id(folder)}

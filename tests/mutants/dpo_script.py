@@ -255,8 +255,8 @@ MUTANTS = [
         source="our own",
         story="--max-grad-norm is taken and measured by, and clips nothing.",
         file=SCRIPT,
-        before="optim.clip_grad_norm(policy, cfg.max_grad_norm)",
-        after="optim.clip_grad_norm(policy, 1e9)",
+        before="max_norm=cfg.max_grad_norm",
+        after="max_norm=1e9",
         killer=f"{TEST}::test_gradients_clipped_to_nothing_leave_the_decay_of_matrices",
     ),
     Mutant(

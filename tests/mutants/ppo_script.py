@@ -176,8 +176,8 @@ MUTANTS = [
         source="our own",
         story="The critic's norm is not held: its first steps are as large as its first errors.",
         file=SCRIPT,
-        before="optim.clip_grad_norm(critic, cfg.max_grad_norm)",
-        after="optim.clip_grad_norm(critic, float('inf'))",
+        before="optimizer, policy, critic, **options",
+        after="optimizer, policy, **options",
         killer=HAND,
     ),
 ]

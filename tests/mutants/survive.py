@@ -10,12 +10,9 @@ MUTANTS = [
         name="written-in-place",
         source="our own",
         story="A state is written where it will stand: a kill in between leaves half of one.",
-        file=CHECKPOINT,
-        before='        with atomic_folder(folder / f"step_{step:06d}") as new:\n',
-        after=(
-            '        (new := folder / f"step_{step:06d}").mkdir(parents=True, exist_ok=True)\n'
-            "        if True:\n"
-        ),
+        file="nanopost/atomic.py",
+        before='    return path.with_name(f".{path.name}.tmp")',
+        after="    return path",
         killer=f"{CUT}[kill]",
     ),
     Mutant(
@@ -49,7 +46,7 @@ MUTANTS = [
         name="two-trainers-in-one-folder",
         source="our own",
         story="A supervisor starts a run twice: both write metrics and states over each other.",
-        file="nanopost/metrics.py",
+        file="nanopost/runs.py",
         before="    _lock(run)\n",
         after="",
         killer=f"{TEST}::test_a_second_trainer_is_refused",

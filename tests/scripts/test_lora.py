@@ -198,7 +198,7 @@ def test_a_state_has_what_trains_and_resumes_bit_for_bit(start, tmp_path, flags)
     assert all(
         torch.equal(x, written(tmp_path / "whole")[name]) for name, x in written(tmp_path / "cut").items()
     )
-    with pytest.raises(AssertionError, match=r"ValueError: adapter: .* was started with"):
+    with pytest.raises(AssertionError, match=r"ValueError: lora_alpha: .* was started with"):
         train(start, "sft", tmp_path / "cut", *flags, "--lora-alpha", "9", "--resume")
 
 

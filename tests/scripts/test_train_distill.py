@@ -45,7 +45,7 @@ Start = tuple[Path, Path, Path]  # student, teacher, data
 def run_here(script: str, *flags: object) -> str:
     """A script with these flags, in this process and without its report; what it printed."""
     argv, printed = [script, *map(str, flags), "--threads", "1"], io.StringIO()
-    page = patch("nanopost.report.offer_report", lambda run: run / "report.html")
+    page = patch("nanopost.export.offer_report", lambda run: run / "report.html")
     with patch.object(sys, "argv", argv), page, redirect_stdout(printed):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return printed.getvalue()
@@ -398,9 +398,9 @@ def test_resume_continues_bit_for_bit(start, tmp_path, mode):
 # Several runs in one process group: importing torch takes longer than they do.
 RUNS = """
 import json, runpy, sys
-import nanopost.report
+import nanopost.export
 from nanopost import distributed
-nanopost.report.offer_report = lambda run: run
+nanopost.export.offer_report = lambda run: run
 distributed.setup()
 leave, distributed.setup, distributed.teardown = distributed.teardown, lambda: None, distributed.barrier
 for sys.argv in json.loads(sys.argv[1]):

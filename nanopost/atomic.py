@@ -1,0 +1,67 @@
+"""A folder that is there whole or not at all, whatever ends the process that fills it."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Fill a folder out of sight, then put it in place with a rename.
+
+    Args:
+        path: where the folder shall stand; an older one there is replaced once the new one is on disk.
+    Yields:
+        A temporary sibling to write to. If the block raises, it is removed and the older folder stays as it
+        was; after a power cut the leftovers are hidden siblings that the next call for this path cleans up.
+    """
+    path = Path(path)
+    temporary = begin(path)
+    try:
+        yield temporary
+        finish(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def begin(path: Path) -> Path:
+    """An empty hidden sibling of a folder; what cuts have left of the folder is put right first."""
+    temporary, old = hidden(path), path.with_name(f".{path.name}.old")
+    for parent in reversed([path.parent, *path.parent.parents]):
+        if not parent.exists():
+            parent.mkdir()
+            _fsync(parent.parent)
+    if old.exists() and not path.exists():  # cut between the two renames of `finish`
+        os.rename(old, path)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+def finish(temporary: Path, path: Path) -> None:
+    """Put a filled folder in place of an older one, once all of it is on disk."""
+    old = path.with_name(f".{path.name}.old")
+    for item in [*temporary.rglob("*"), temporary]:
+        _fsync(item)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(temporary, path)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def hidden(path: Path) -> Path:
+    """Where a folder is filled until it is whole."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
