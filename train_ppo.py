@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanopost import atomic, checkpoint, config, distributed, export, faults, metrics, optim, runs
+from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, runs
 from nanopost.data.chat import decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
@@ -98,8 +98,6 @@ def main(cfg: Config) -> None:
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
-    if cfg.reward_model and load_chat(cfg.reward_model).template != chat.template:
-        distributed.main_print("the reward model reads the policy's chat template, which is not its own")
     run = runs.open_run(cfg.out, cfg, env={"template": chat.version})
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
@@ -281,8 +279,7 @@ def main(cfg: Config) -> None:
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights, value_weights = ppo.parted(checkpoint.full_state(trained))  # every rank helps to gather
     if distributed.is_main():
-        with atomic.atomic_folder(run / "critic") as folder:
-            ppo.save_critic(critic, value_weights, folder, base=cfg.critic, chat=chat)
+        ppo.save_critic(critic, value_weights, run / "critic", base=cfg.critic, chat=chat)
     export.write_policy(run, policy, weights, base=cfg.model, stop_ids=chat.stop_ids)
     distributed.teardown()
 

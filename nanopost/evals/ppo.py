@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanopost.atomic import atomic_folder
 from nanopost.data.chat import Chat, copy_chat, load_chat
 from nanopost.data.collate import collate
 from nanopost.data.schema import Record, Sample
+from nanopost.distributed import main_print
 from nanopost.evals.rollouts import completion_scores
 from nanopost.evals.verifier import Verifier
 from nanopost.models.heads import (
@@ -36,7 +38,8 @@ def load_scorer(folder: str | Path, chat: Chat) -> ScoreModel:
 
     Args:
         folder: of a score model.
-        chat: the policy's.
+        chat: the policy's. It writes the prompts that the reward model reads; a note says so where that has
+            another chat template of its own.
 
     Raises:
         ValueError: its tokenizer is not the policy's, so that the same ids are other text; it is a language
@@ -48,6 +51,8 @@ def load_scorer(folder: str | Path, chat: Chat) -> ScoreModel:
             f"{folder}: no tensor {HEAD}: a language model has no score to give, every reward would be 0; "
             f"train a reward model (train_reward.py --model DIR)"
         )
+    if load_chat(folder).template != chat.template:
+        main_print("the reward model reads the policy's chat template, which is not its own")
     return model
 
 
@@ -129,9 +134,11 @@ def save_critic(
     chat: Chat,
 ) -> None:
     """A folder that `load_score_model` and --critic read; base: as --critic, chat: the policy's."""
-    copy_chat(chat.folder, folder)
-    weights = plain_weights(critic, weights, folder, base=base if isinstance(base, Path) else chat.folder)
-    save_score_model(critic.config, weights, folder, stop_ids=chat.stop_ids, labels=["value"])
+    start = base if isinstance(base, Path) else chat.folder
+    with atomic_folder(folder) as new:
+        copy_chat(chat.folder, new)
+        plain = plain_weights(critic, weights, new, base=start)
+        save_score_model(critic.config, plain, new, stop_ids=chat.stop_ids, labels=["value"])
 
 
 @torch.no_grad()

@@ -15,13 +15,11 @@ from nanopost.evals.ppo import (
     load_critic,
     load_pair,
     load_scorer,
-    name_reward_model,
     parted,
     rescored,
     rewarded,
     together,
 )
-from nanopost.evals.reference import weights_id
 from nanopost.models.heads import ScoreModel, load_score_model, save_score_model
 from nanopost.models.lora_model import Adapter, add_adapter
 from nanopost.models.peft import save_adapter
@@ -121,14 +119,14 @@ def test_a_reward_model_has_a_score(tmp_path):
         load_scorer(make_chat(tmp_path / "header", "header").folder, chat)
 
 
-def test_a_reward_model_is_named_by_its_weights_and_another_template_is_told(tmp_path):
-    chat, told = make_chat(tmp_path / "chat"), []
+def test_another_template_of_a_reward_model_is_told(tmp_path, capsys):
+    chat = make_chat(tmp_path / "chat")
     folder = scorer_folder(tmp_path / "judge", chat)
-    assert name_reward_model(None, chat, tell=told.append) == {"reward_model": None}
-    assert name_reward_model(folder, chat, tell=told.append) == {"reward_model": weights_id(folder)}
-    assert not told
-    name_reward_model(folder, make_chat(tmp_path / "think", "think"), tell=told.append)
-    assert told == ["the reward model reads the policy's chat template, which is not its own"]
+    load_scorer(folder, chat)
+    assert not capsys.readouterr().out
+    load_scorer(folder, make_chat(tmp_path / "think", "think"))
+    told = "the reward model reads the policy's chat template, which is not its own\n"
+    assert capsys.readouterr().out == told
 
 
 def test_contexts_are_those_of_the_folders(tmp_path):

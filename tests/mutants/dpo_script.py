@@ -263,9 +263,9 @@ MUTANTS = [
         name="loss_changes_on_resume",
         source="our own",
         story="A resumed run takes another loss than it began with, and its curve is two curves.",
-        file=SCRIPT,
-        before='{"template": chat.version, "loss": cfg.loss,',
-        after='{"template": chat.version,',
+        file="nanopost/runs.py",
+        before='FREE = {"out"',
+        after='FREE = {"loss", "out"',
         killer=f"{TEST}::test_resume_continues_bit_for_bit_and_scores_nothing_again",
     ),
 ]

@@ -157,9 +157,9 @@ MUTANTS = [
         name="resumed-with-another-reward-model",
         source="our own",
         story="A run goes on under another reward, and its curve is one line.",
-        file=PPO,
-        before="weights_id(folder) if folder else None",
-        after="None",
+        file="nanopost/runs.py",
+        before='FREE = {"out"',
+        after='FREE = {"reward_model", "out"',
         killer=f"{TESTS}::{REFUSED}",
     ),
     Mutant(

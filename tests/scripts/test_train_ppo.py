@@ -119,10 +119,10 @@ def runs(start, tmp_path_factory) -> Callable[[str], Path]:
                 run("own", *math, *STEADY),
                 run("micro", *math, *STEADY, "--micro-batch", "5"),
                 run("cut", *math, *STEADY, "--steps", "2"),
-                run("cut", *math, *STEADY, "--resume"),
+                run("cut", *math, *STEADY, "--resume", "--accept", "steps"),
                 run("shared", *shared),
                 run("cut_shared", *shared, "--steps", "2"),
-                run("cut_shared", *shared, "--resume"),
+                run("cut_shared", *shared, "--resume", "--accept", "steps"),
             ],
         ),
         (1, [run(name, *both, *hand, "--max-grad-norm", str(norm)) for name, norm in HANDS.items()]),
@@ -381,6 +381,7 @@ def test_the_difference_to_grpo_is_a_page():
 
 M = ["--verifier", "math"]
 ROOM = r"mixed\.jsonl:1: the prompt has \d+ tokens, 10 leave room for max_new_tokens"
+AGAIN = ["--accept", "data,group_size,steps,micro_batch"]
 BAD = [
     ([], "verifier or reward_model must be given"),
     ([*M, "--reward-model", "{stranger}"], r"its tokenizer is not that of .*train_reward\.py"),
@@ -396,7 +397,10 @@ BAD = [
     ([*M, "--warmup", "-1"], "warmup: expected 0 <= warmup <= steps, got warmup -1"),
     ([*M, "--minibatches", "3"], "must be a multiple of ranks × minibatches"),
     ([*M, "--data", "{bare}"], r"bare\.jsonl:1: no answer to verify against"),
-    (["--reward-model", "{judge}", "--out", "{run}", "--resume"], "reward_model: .* was started with"),
+    (
+        ["--reward-model", "{judge}", "--out", "{run}", *AGAIN, "--resume"],
+        "reward_model: .* was started with",
+    ),
 ]
 
 
