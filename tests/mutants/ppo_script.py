@@ -158,8 +158,8 @@ MUTANTS = [
         source="our own",
         story="A run goes on under another reward, and its curve is one line.",
         file="nanopost/runs.py",
-        before='FREE = {"out"',
-        after='FREE = {"reward_model", "out"',
+        before="for name in both if files[name] != found[name]",
+        after='for name in both - {"reward_model"} if files[name] != found[name]',
         killer=f"{TESTS}::{REFUSED}",
     ),
     Mutant(
