@@ -19,11 +19,10 @@ from nanopost.models.heads import (
     ScoreModel,
     load_actor_critic,
     load_score_model,
-    save_score_model,
 )
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import add_adapter
-from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers, plain_weights
+from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers, save_scores
 from nanopost.models.weights import load_config, read_headers
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
@@ -127,11 +126,11 @@ def save_critic(
     *,
     base: str | Path | None,
     chat: Chat,
-) -> None:
-    """A folder that `load_score_model` and --critic read; base: as --critic, chat: the policy's."""
+) -> str:
+    """A folder that --critic reads, and its certificate; base: as --critic, chat: the policy's."""
     copy_chat(chat.folder, folder)
-    weights = plain_weights(critic, weights, folder, base=base if isinstance(base, Path) else chat.folder)
-    save_score_model(critic.config, weights, folder, stop_ids=chat.stop_ids, labels=["value"])
+    start = base if isinstance(base, Path) else chat.folder
+    return save_scores(critic, weights, folder, base=start, stop_ids=chat.stop_ids, labels=["value"])
 
 
 @torch.no_grad()
