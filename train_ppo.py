@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanopost import atomic, checkpoint, config, distributed, export, faults, metrics, optim, runs
+from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, runs
 from nanopost.data.chat import decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
@@ -279,10 +279,9 @@ def main(cfg: Config) -> None:
         faults.save_if_due(run, step + 1, cfg.steps, trained, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
-    weights, value_weights = ppo.parted(checkpoint.full_state(trained))  # every rank helps to gather
-    if distributed.is_main():
-        with atomic.atomic_folder(run / "critic") as folder:
-            ppo.save_critic(critic, value_weights, folder, base=cfg.critic, chat=chat)
+    weights = checkpoint.full_state(trained)  # every rank helps to gather
+    weights, values = ppo.parted(weights)
+    export.write_scores(run / "critic", critic, values, base=cfg.critic, chat=chat, labels=["value"])
     export.write_policy(run, policy, weights, base=cfg.model, stop_ids=chat.stop_ids)
     distributed.teardown()
 

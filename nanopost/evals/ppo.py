@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanopost.data.chat import Chat, copy_chat, load_chat
+from nanopost.data.chat import Chat, load_chat
 from nanopost.data.collate import collate
 from nanopost.data.schema import Record, Sample
 from nanopost.evals.rollouts import completion_scores
@@ -22,7 +22,7 @@ from nanopost.models.heads import (
 )
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import add_adapter
-from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers, save_scores
+from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers
 from nanopost.models.weights import load_config, read_headers
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
@@ -117,20 +117,6 @@ def parted(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
     if not critic:  # a shared trunk is told once, as the policy's
         critic = {name: tensor for name, tensor in policy.items() if name != "lm_head.weight"}
     return {name: tensor for name, tensor in policy.items() if name != HEAD}, critic
-
-
-def save_critic(
-    critic: ScoreModel | ActorCritic,
-    weights: dict[str, Tensor],
-    folder: Path,
-    *,
-    base: str | Path | None,
-    chat: Chat,
-) -> str:
-    """A folder that --critic reads, and its certificate; base: as --critic, chat: the policy's."""
-    copy_chat(chat.folder, folder)
-    start = base if isinstance(base, Path) else chat.folder
-    return save_scores(critic, weights, folder, base=start, stop_ids=chat.stop_ids, labels=["value"])
 
 
 @torch.no_grad()

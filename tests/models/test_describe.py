@@ -145,7 +145,7 @@ def test_transformers_and_peft_are_asked_for_scores_too(tmp_path, capsys):
     pytest.importorskip("peft", reason="the extra `oracle` is not installed")
     model = tiny_model(tmp_path / "base", dtype=torch.float32, hidden_size=24)
     save_model(model.config, model.state_dict(), tmp_path / "base", stop_ids=(1,))
-    scorer = adapt(load_score_model(tmp_path / "base"), LoRA(lora_rank=2), seed=0)
+    scorer = adapt(load_score_model(tmp_path / "base"), LoRA(lora_rank=2), seed=0, base=tmp_path / "base")
     for name, parameter in scorer.named_parameters():
         if name.endswith(("lora_B", "score.weight")):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))

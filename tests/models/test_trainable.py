@@ -59,7 +59,10 @@ def test_a_score_model_is_read_again_as_well(tmp_path, monkeypatch, flags):
     """A reward model of two scores: trained whole, or with an adapter and the head."""
     chosen = LoRA(**flags)
     base(tmp_path / "base")
-    model = adapt(load_score_model(tmp_path / "base", labels=2, four_bits=nf4_layers(chosen)), chosen, seed=0)
+    start = {"seed": 0, "base": tmp_path / "base"}
+    model = adapt(
+        load_score_model(tmp_path / "base", labels=2, four_bits=nf4_layers(chosen)), chosen, **start
+    )
     torch.nn.init.normal_(lively(model).score.weight, generator=torch.Generator().manual_seed(0))
     options = {"base": tmp_path / "base", "stop_ids": (1,), "labels": ["right", "kind"]}
     told = save_scores(model, model.state_dict(), tmp_path / "out", **options)

@@ -91,7 +91,7 @@ MUTANTS = [
         story="The policy's frozen weights are in four bits, the reference's are not: a KL before any step.",
         file=TRAINABLE,
         before="load_policy(start, flags, seed=seed) if folder is None",
-        after="adapt(load_model(start), flags, seed=seed) if folder is None",
+        after="adapt(load_model(start), flags, seed=seed, base=start) if folder is None",
         killer=f"{SCRIPTS}::test_the_first_step_starts_from_the_reference[True-grpo]",
     ),
     Mutant(
