@@ -281,7 +281,7 @@ def main(cfg: Config) -> None:
         faults.save_if_due(run, step + 1, cfg.steps, trained, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
-    weights = checkpoint.full_state(policy)  # every rank helps to gather
+    weights = checkpoint.full_state(trained)  # every rank helps to gather
     export.write_policy(run, policy, weights, base=cfg.model, stop_ids=chat.stop_ids)
     distributed.teardown()
 

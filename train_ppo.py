@@ -277,9 +277,8 @@ def main(cfg: Config) -> None:
         faults.save_if_due(run, step + 1, cfg.steps, trained, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
-    weights, value_weights = ppo.parted(checkpoint.full_state(trained))  # every rank helps to gather
-    if distributed.is_main():
-        ppo.save_critic(critic, value_weights, run / "critic", base=cfg.critic, chat=chat)
+    weights, values = ppo.parted(checkpoint.full_state(trained))  # every rank helps to gather
+    export.write_scores(run / "critic", critic, values, base=cfg.critic, chat=chat, labels=["value"])
     export.write_policy(run, policy, weights, base=cfg.model, stop_ids=chat.stop_ids)
     distributed.teardown()
 

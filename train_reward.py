@@ -26,8 +26,8 @@ from typing import Any, Literal
 
 import torch
 
-from nanopost import atomic, checkpoint, config, distributed, faults, metrics, optim, runs
-from nanopost.data.chat import copy_chat, load_chat
+from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, runs
+from nanopost.data.chat import load_chat
 from nanopost.data.collate import pad_ids
 from nanopost.data.order import step_indices
 from nanopost.data.preference import ATTRIBUTES, read_preferences
@@ -35,8 +35,8 @@ from nanopost.data.preference_samples import completion_sample, preference_sampl
 from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Ratings, Sample, Steps
 from nanopost.evals import audit
 from nanopost.losses import aggregate, attribute_loss, bradley_terry_loss, process_reward_loss
-from nanopost.models.heads import load_score_model, save_score_model
-from nanopost.models.trainable import LoRA, adapt, nf4_layers, plain_weights, what_trains
+from nanopost.models.heads import load_score_model
+from nanopost.models.trainable import LoRA, adapt, nf4_layers, what_trains
 from nanopost.models.weights import load_config
 from nanopost.report import offer_report
 
@@ -265,13 +265,10 @@ def main(cfg: Config) -> None:
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------
     weights = checkpoint.full_state(model)  # every rank helps to gather
+    scores = SCORES[cfg.labels]
+    export.write_scores(run / "model", model, weights, base=cfg.model, chat=chat, labels=scores)
     if distributed.is_main():
-        with atomic.atomic_folder(run / "model") as folder:
-            copy_chat(cfg.model, folder)
-            names = {"stop_ids": chat.stop_ids, "labels": SCORES[cfg.labels]}
-            plain = plain_weights(model, weights, folder, base=cfg.model)
-            save_score_model(model.config, plain, folder, **names)
-        print(f"model: {run / 'model'}\nreport: {offer_report(run)}")
+        print(f"report: {offer_report(run)}")
     distributed.teardown()
 
 

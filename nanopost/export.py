@@ -1,13 +1,15 @@
 """The end of a run: its model as a folder that loads everywhere, and its page."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from nanopost import atomic, distributed
-from nanopost.data.chat import copy_chat
+from nanopost.data.chat import Chat, copy_chat
+from nanopost.models.heads import ActorCritic, ScoreModel
 from nanopost.models.llama import Llama
-from nanopost.models.trainable import save_policy
+from nanopost.models.trainable import save_policy, save_scores
 from nanopost.report import offer_report
 
 
@@ -28,3 +30,30 @@ def write_policy(
             copy_chat(base, folder)
             told = save_policy(model, weights, folder, base=base, stop_ids=stop_ids)
         distributed.main_print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
+
+
+def write_scores(
+    place: Path,
+    model: ScoreModel | ActorCritic,
+    weights: dict[str, Tensor],
+    *,
+    base: str | Path | None,
+    chat: Chat,
+    labels: Sequence[str],
+) -> None:
+    """Write a reward model or a critic in one move, read it again, and say where it is.
+
+    Args:
+        place: the folder, run/model or run/critic. All ranks may call, rank 0 writes.
+        model: as trained.
+        weights: its own, whole, as of a score model.
+        base: the folder that it started from; no folder: that of the chat.
+        chat: whose template and tokenizer it reads.
+        labels: what each score is.
+    """
+    if distributed.is_main():
+        with atomic.atomic_folder(place) as folder:
+            copy_chat(chat.folder, folder)
+            start = base if isinstance(base, Path) else chat.folder
+            told = save_scores(model, weights, folder, base=start, stop_ids=chat.stop_ids, labels=labels)
+        distributed.main_print(f"{place.name}: {place}{told}")

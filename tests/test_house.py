@@ -49,7 +49,7 @@ FLOORS: dict[str, set[str]] = {
     "kernels": {"losses"},
     "models": {"kernels", "losses"},
     "rollout": {"models", "kernels", "losses", "data.schema"},
-    "evals": {"rollout", "models", "kernels", "losses", "rewards", "data", "atomic", "distributed"},
+    "evals": {"rollout", "models", "kernels", "losses", "rewards", "data", "distributed"},
     "worlds": {"data", "rewards"},
     "report_figures": set(),
     "report": {"metrics", "report_figures"},

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanopost.atomic import atomic_folder
-from nanopost.data.chat import Chat, copy_chat, load_chat
+from nanopost.data.chat import Chat, load_chat
 from nanopost.data.collate import collate
 from nanopost.data.schema import Record, Sample
 from nanopost.distributed import main_print
@@ -21,11 +20,10 @@ from nanopost.models.heads import (
     ScoreModel,
     load_actor_critic,
     load_score_model,
-    save_score_model,
 )
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import add_adapter
-from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers, plain_weights
+from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers
 from nanopost.models.weights import load_config, read_headers
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
@@ -123,22 +121,6 @@ def parted(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
     if not critic:  # a shared trunk is told once, as the policy's
         critic = {name: tensor for name, tensor in policy.items() if name != "lm_head.weight"}
     return {name: tensor for name, tensor in policy.items() if name != HEAD}, critic
-
-
-def save_critic(
-    critic: ScoreModel | ActorCritic,
-    weights: dict[str, Tensor],
-    folder: Path,
-    *,
-    base: str | Path | None,
-    chat: Chat,
-) -> None:
-    """A folder that `load_score_model` and --critic read; base: as --critic, chat: the policy's."""
-    start = base if isinstance(base, Path) else chat.folder
-    with atomic_folder(folder) as new:
-        copy_chat(chat.folder, new)
-        plain = plain_weights(critic, weights, new, base=start)
-        save_score_model(critic.config, plain, new, stop_ids=chat.stop_ids, labels=["value"])
 
 
 @torch.no_grad()

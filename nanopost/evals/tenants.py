@@ -35,7 +35,7 @@ def answers(
     requests: Sequence[Mapping[str, str]],
     *,
     max_new_tokens: int,
-    audit: str | Path | None,
+    audit: str | Path,
 ) -> list[str]:
     """Greedy answers to requests of any tenants, in one batch whose rows have their own adapters.
 
@@ -44,7 +44,7 @@ def answers(
         store, table: as `deploy` leaves them.
         requests: id, tenant, version and text of each.
         max_new_tokens: answers are cut there.
-        audit: the file that gets a record of each request before it is answered; None: none.
+        audit: the file that gets a record of each request before it is answered.
 
     Returns:
         The answers, in the order of the requests.
@@ -59,8 +59,7 @@ def answers(
     for name in sorted({record["adapter"] for record in records}):
         check_origin(stored(store, name), base, nf4=False)
         add_to_bank(model, name, stored(store, name))
-    if audit is not None:
-        write_audit(audit, records)
+    write_audit(audit, records)
     asked = [Record((Message("user", request["text"]),), None, None, {}, "", 0) for request in requests]
     adapters = [record["adapter"] for record in records]
     settings: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "seed": 0}

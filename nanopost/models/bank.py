@@ -6,13 +6,15 @@
     sample(model, prompts, adapters=names, …)  seats the rows itself
 
 An adapter is asked for by its name (`registry.py`: the hash of its content), never by a number that could be
-given to another one later. What one layer does is `mixed_lora_forward`'s formula, token by token; here the
-tokens of an adapter go through it together, so that a mixed batch costs few more products than a plain one.
+given to another one later. Threads may share a bank, each with seats of its own; adapters come and go between
+their passes. What one layer does is `mixed_lora_forward`'s formula, token by token; here the tokens of an
+adapter go through it together, so that a mixed batch costs few more products than a plain one.
 """
 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,16 @@ class Seating:
     back: Tensor  # (N,) of each token: its place among the P · M
 
 
+class Seats(threading.local):
+    """Whose adapters the next pass has, in each thread apart: who shares a bank does not share seats."""
+
+    taken: Seating | None = None
+
+    def clear(self) -> None:
+        """Nobody sits."""
+        self.taken = None
+
+
 class MixedLinear(nn.Module):
     """x_t Wᵀ + b + s_i (x_t lora_A_iᵀ) lora_B_iᵀ, i the adapter of token t: a frozen layer and its adapters.
 
@@ -49,9 +61,9 @@ class MixedLinear(nn.Module):
     one tenant's NaN to everyone.
     """
 
-    def __init__(self, base: nn.Linear | NF4Linear, seats: list[Seating]):
+    def __init__(self, base: nn.Linear | NF4Linear, seats: Seats):
         super().__init__()
-        self.base, self.seats = base, seats  # the seats of the whole model: one entry while a pass runs
+        self.base, self.seats = base, seats  # the seats of the whole model: taken while a pass runs
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # by name; the scale is in lora_B
         self.stack: tuple[Any, Tensor, Tensor] | None = None
@@ -69,11 +81,11 @@ class MixedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
-        if not self.seats:
+        if (seating := self.seats.taken) is None:
             raise ValueError(
                 "no token has an adapter: seat(model, names) says which, and there is no default"
             )
-        (seating,), y = self.seats, self.base(x)
+        y = self.base(x)
         if len(seating.back) != len(x):
             raise ValueError(f"{len(x)} tokens, but seat(model, names) named {len(seating.back)}")
         lora_A, lora_B = self.stacked(seating.present)
@@ -87,9 +99,9 @@ class MixedLinear(nn.Module):
         factors = [(self.lora_A[name], self.lora_B[name]) for name in present]
         each = [x for pair in factors for x in pair]
         key = (present, *((x.data_ptr(), x._version) for x in each))  # what was moved or changed is no hit
-        if self.stack and self.stack[0] == key and not any(x.requires_grad for x in each):
-            _, lora_A, lora_B = self.stack
-            return lora_A, lora_B
+        held = self.stack  # another thread may put its own there meanwhile
+        if held and held[0] == key and not any(x.requires_grad for x in each):
+            return held[1:]
         rank = max(len(lora_A) for lora_A, _ in factors)
         lora_A = torch.stack([F.pad(x, (0, 0, 0, rank - len(x))) for x, _ in factors])
         lora_B = torch.stack([F.pad(x, (0, rank - x.shape[1])) for _, x in factors])
@@ -104,7 +116,7 @@ def open_bank(model: Llama) -> Llama:
     Returns:
         The same model. Every pass through it needs `seat` first, and uses the seats up: none can be stale.
     """
-    seats, bank = list[Seating](), dict[str, MixedLinear]()
+    seats, bank = Seats(), dict[str, MixedLinear]()
     model.requires_grad_(False)
     for name in [name for name, _ in model.named_modules() if name.split(".")[-1] in TARGETS["all"]]:
         bank[name] = MixedLinear(model.get_submodule(name), seats)  # type: ignore[arg-type]
@@ -177,7 +189,7 @@ def seating(names: Sequence[str], device: torch.device) -> Seating:
 
 
 def seat(model: Llama, names: Sequence[str] | Seating) -> None:
-    """Say whose adapter each token of the next pass has: of the list that `Decoder.forward` reads, in order.
+    """Say whose adapter each token of this thread's next pass has, of the list that `Decoder.forward` reads.
 
     Raises:
         ValueError: a name that the bank does not have.
@@ -186,5 +198,4 @@ def seat(model: Llama, names: Sequence[str] | Seating) -> None:
     found = names if isinstance(names, Seating) else seating(names, device)
     if unknown := sorted(set(found.present) - names_of(model)):
         raise ValueError(f"the bank has no adapter {unknown[0]}: it would answer under nobody's policy")
-    seats = next(iter(layers(model).values())).seats
-    seats[:] = [found]
+    next(iter(layers(model).values())).seats.taken = found

@@ -14,6 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from nanopost.models.config import FAMILIES, LlamaConfig, load_config, read_json
 from nanopost.models.header import check_entries
-from nanopost.models.heads import HEAD, ScoreModel
+from nanopost.models.heads import HEAD, ScoreModel, load_either, save_score_model
 from nanopost.models.llama import Llama
 from nanopost.models.peft import load_adapter, origin, read_adapter
-from nanopost.models.weights import TIED, load_model, read_headers, save_model, shard_files, words
+from nanopost.models.weights import TIED, read_headers, save_model, shard_files, words
 
 
 def describe(folder: str | Path) -> Iterator[str]:
@@ -135,52 +136,76 @@ def check_finite(folder: str | Path) -> int:
 
 @torch.no_grad()
 def certificate(folder: str | Path, work: Path) -> Iterator[str]:
-    """How far the logits of a folder's model are from those that others read, in float32.
+    """How far what a folder's model says is from what others read, in float32: logits, or scores.
 
     Args:
         folder: to be read.
         work: an empty folder: the model is written there and read again.
     """
-    model = load_model(folder)
-    ids = torch.arange(3, 35)[None] % model.words
-    ours = model(ids)
-    save_model(model.config, model.state_dict(), work, stop_ids=(0,))
-    again = (load_model(work)(ids)[..., : model.words] - ours).abs().max()
-    yield f"logits      written and read again: {again:.2g} away"
+    head = read_headers(folder).get(HEAD)
+    scores = head.shape[0] if head else 0
+    model, count = load_either(folder, scores), words(folder, load_config(folder))
+    ids, what = torch.arange(3, 35)[None] % count, "scores" if scores else "logits"
+    ours = model(ids)[..., : scores or count]
+    if scores:
+        labels = [str(number) for number in range(scores)]
+        save_score_model(model.config, model.state_dict(), work, stop_ids=(0,), labels=labels)
+    else:
+        save_model(model.config, model.state_dict(), work, stop_ids=(0,))
+    again = load_either(work, scores)(ids)[..., : scores or count]
+    yield f"{what}      written and read again: {(again - ours).abs().max():.2g} away"
     if (adapter := Path(folder) / "adapter").is_dir():
-        yield from adapter_certificate(adapter, ids, ours)
+        yield from adapter_certificate(adapter, ids, ours, scores=scores)
     if find_spec("transformers") is None:
-        yield "logits      transformers is not installed"
+        yield f"{what}      transformers is not installed"
         return
     library, most = import_module("transformers"), ours.abs().max()
-    for what, place in (("it", folder), ("what was written", work)):
+    for which, place in (("it", folder), ("what was written", work)):
         try:
-            theirs = library.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)(ids).logits
-            told = f"reads {what}: {(theirs[..., : model.words] - ours).abs().max():.2g} away, of {most:.2g}"
+            away = distance(ours, transformers_model(place, scores), ids, scores=scores)
+            told = f"reads {which}: {away:.2g} away, of {most:.2g}"
         except Exception as error:  # another project may refuse in any way
-            told = f"refuses {what}: {' '.join(str(error).split())[:200]}"
-        yield f"logits      transformers {library.__version__} {told}"
+            told = f"refuses {which}: {' '.join(str(error).split())[:200]}"
+        yield f"{what}      transformers {library.__version__} {told}"
 
 
-def adapter_certificate(adapter: Path, ids: Tensor, merged: Tensor) -> Iterator[str]:
-    """How far the logits of the base with its adapter beside it are from the merged model's."""
+def transformers_model(folder: str | Path, scores: int) -> Any:
+    """The folder as transformers reads it; with scores as a score model, a head that is not there made up."""
+    library = import_module("transformers")
+    if not scores:
+        return library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    auto = library.AutoModelForSequenceClassification
+    model = auto.from_pretrained(folder, dtype=torch.float32, num_labels=scores)
+    model.config.pad_token_id = None  # no id is padding here: it reads the last token
+    return model
+
+
+def distance(ours: Tensor, theirs: Any, ids: Tensor, *, scores: int) -> Tensor:
+    """How far their model is from what ours says: of a score model, at the last token."""
+    wanted = ours[:, -1] if scores else ours
+    return (theirs(ids).logits[..., : wanted.shape[-1]] - wanted).abs().max()
+
+
+def adapter_certificate(adapter: Path, ids: Tensor, merged: Tensor, *, scores: int) -> Iterator[str]:
+    """How far what the base says with its adapter beside it is from what the merged model says."""
     base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not base or not Path(base).is_dir():
         yield f"adapter     its base {base} is not here"
         return
     four_bits = read_adapter(adapter).targets if origin(adapter).get("nf4") == "True" else ()
-    beside = load_adapter(load_model(base, four_bits=four_bits), adapter)(ids)
-    yield f"adapter     beside its base: {(beside - merged).abs().max():.2g} away from the merged model"
+    beside = load_adapter(load_either(base, scores, four_bits=four_bits), adapter)(ids)
+    away = (beside[..., : merged.shape[-1]] - merged).abs().max()
+    yield f"adapter     beside its base: {away:.2g} away from the merged model"
     if four_bits:
         yield "adapter     its base is in four bits, which peft makes otherwise: not compared"
         return
     if find_spec("transformers") is None or find_spec("peft") is None:
         yield "adapter     transformers and peft are not both installed"
         return
-    library, peft = import_module("transformers"), import_module("peft")
-    theirs = library.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    found = peft.PeftModel.from_pretrained(theirs, adapter)(ids).logits[..., : merged.shape[-1]]
-    yield f"adapter     peft {peft.__version__} reads it: {(found - merged).abs().max():.2g} away"
+    peft = import_module("peft")
+    theirs = peft.PeftModel.from_pretrained(transformers_model(base, scores), adapter)
+    away = distance(merged, theirs, ids, scores=scores)
+    yield f"adapter     peft {peft.__version__} reads it: {away:.2g} away"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -124,6 +124,19 @@ def load_score_model(
     return fill(model, folder, dtype=dtype, four_bits=four_bits)
 
 
+def load_either(
+    folder: str | Path,
+    scores: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    four_bits: Collection[str] = (),
+) -> Llama | ScoreModel:
+    """A language model where `scores` is 0, else a score model with so many: what an export was."""
+    if not scores:
+        return load_model(folder, dtype=dtype, four_bits=four_bits)
+    return load_score_model(folder, labels=scores, dtype=dtype, four_bits=four_bits)
+
+
 def save_score_model(
     config: LlamaConfig,
     tensors: dict[str, Tensor],

@@ -8,7 +8,7 @@ adapter beside it in the folder `adapter`, as peft has it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,11 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nanopost.models.heads import ActorCritic, ScoreModel, load_either, save_score_model
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import TARGETS, Adapter, M, adapter_of, add_adapter, merged_state
 from nanopost.models.nf4 import NF4Linear
 from nanopost.models.peft import WEIGHTS, check_origin, load_adapter, read_adapter, save_adapter
-from nanopost.models.weights import load_model, random_model, save_model
+from nanopost.models.weights import load_model, random_model, save_model, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,30 +119,66 @@ def save_policy(
     """
     plain = plain_weights(model, weights, folder, base=base)
     save_model(model.config, plain, folder, stop_ids=stop_ids)
-    return f" ({read_again(model, plain, folder, base=base)})"
-
-
-@torch.no_grad()
-def read_again(model: Llama, plain: dict[str, Tensor], folder: Path, *, base: Path) -> str:
-    """How far the logits of what a folder holds are from those of the weights that were to be written.
-
-    Raises:
-        ValueError: they are others, or those of base and adapter are further away than rounding.
-    """
     with torch.device("meta"):
         trained = Llama(model.config)
     trained.load_state_dict(plain, strict=False, assign=True)  # a tied head is told once, as the embedding
     if model.config.tie_word_embeddings:
         trained.lm_head.weight = trained.model.embed_tokens.weight
-    dtype, ids = trained.lm_head.weight.dtype, torch.arange(3, 35)[None] % model.words
-    logits, wanted = load_model(folder, dtype=dtype)(ids), trained(ids)[..., : model.words]
-    if not torch.equal(logits, wanted):
-        raise ValueError(f"{folder}: read again, its logits are {(logits - wanted).abs().max():.2g} away")
-    told, most = "read again: the same logits", float(logits.abs().max())
+    return f" ({read_again(model, trained, folder, base=base)})"
+
+
+def save_scores(
+    model: ScoreModel | ActorCritic,
+    weights: dict[str, Tensor],
+    folder: Path,
+    *,
+    base: Path,
+    stop_ids: tuple[int, ...],
+    labels: Sequence[str],
+) -> str:
+    """Write a trained score model as `save_policy` does a language model; its certificate.
+
+    Args:
+        labels: what each score is.
+    """
+    plain = plain_weights(model, weights, folder, base=base)
+    save_score_model(model.config, plain, folder, stop_ids=stop_ids, labels=labels)
+    with torch.device("meta"):
+        trained = ScoreModel(model.config, len(labels))
+    trained.load_state_dict(plain, assign=True)
+    return f" ({read_again(model, trained, folder, base=base, scores=len(labels))})"
+
+
+@torch.no_grad()
+def read_again(
+    model: nn.Module, trained: Llama | ScoreModel, folder: Path, *, base: Path, scores: int = 0
+) -> str:
+    """How far what a folder's model says is from what the weights say that were to be written.
+
+    What is read stays mapped to its file: in memory no weight stands twice, but those of a base whose folder
+    has another dtype, for as long as base and adapter are compared.
+
+    Args:
+        model: as trained, with an adapter or without.
+        trained: the plain model of the weights that were to be written.
+        scores: how many it has; 0: a language model.
+
+    Raises:
+        ValueError: it says something else, or base and adapter are further away than rounding.
+    """
+    count, dtype = words(base, trained.config), next(trained.parameters()).dtype
+    ids, what = torch.arange(3, 35)[None] % count, "scores" if scores else "logits"
+    found, wanted = (
+        read(ids)[..., : scores or count] for read in (load_either(folder, scores, dtype=dtype), trained)
+    )
+    if not torch.equal(found, wanted):
+        raise ValueError(f"{folder}: read again, its {what} are {(found - wanted).abs().max():.2g} away")
+    told, most = f"read again: the same {what}", float(found.abs().max())
     if adapter := adapter_of(model):
         quantised = any(isinstance(module, NF4Linear) for module in model.modules())
-        beside = load_model(base, dtype=dtype, four_bits=adapter.targets if quantised else ())
-        away = float((load_adapter(beside, folder / "adapter")(ids) - logits).abs().max())
+        four_bits = adapter.targets if quantised else ()
+        beside = load_adapter(load_either(base, scores, dtype=dtype, four_bits=four_bits), folder / "adapter")
+        away = float((beside(ids)[..., : scores or count] - found).abs().max())
         if not away <= 0.05 * most:  # autocast's bfloat16 rounds by a hundredth
             raise ValueError(
                 f"{folder}: base and adapter are {away:.2g} away from the merged model, of {most:.2g}"

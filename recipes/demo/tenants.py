@@ -73,13 +73,16 @@ def measured(out: Path, drawn: list[tuple[str, int]], tokens: int) -> list[dict[
     wanted = [policy_answer(tenant, amount) for _, amount in drawn for tenant in TENANTS]
     where = (out / "sft" / "model", out / "store", out / "table.json")
 
-    def shares(requests: list[dict[str, str]], audit: Path | None) -> dict[str, float]:
+    def shares(requests: list[dict[str, str]], audit: Path) -> dict[str, float]:
         said = answers(*where, requests, max_new_tokens=tokens, audit=audit)
         right = [ledger.verify(text, want).parts["exact"] for text, want in zip(said, wanted, strict=True)]
         return {tenant: sum(right[i :: len(TENANTS)]) / len(drawn) for i, tenant in enumerate(TENANTS)}
 
     routed = shares(asked, out / "audit.jsonl")
-    under = {other: shares([row | {"tenant": other} for row in asked], None) for other in TENANTS}
+    under = {
+        other: shares([row | {"tenant": other} for row in asked], out / f"audit-under-{other}.jsonl")
+        for other in TENANTS
+    }
     return [
         {"stage": tenant, "routed": routed[tenant]}
         | {f"under {other}": under[other][tenant] for other in TENANTS}

@@ -3,12 +3,14 @@
 import random
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanopost.models.adapters import route
 from nanopost.models.bank import add_to_bank, names_of, open_bank, remove_from_bank, seat
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import Adapter, add_adapter
@@ -108,9 +110,22 @@ def test_seats_are_used_up_and_there_is_no_default(folders):
     ):
         with pytest.raises(ValueError, match=message):
             broken()
-        assert not next(iter(model.bank.values())).seats  # what failed leaves no seat behind
+        assert not next(iter(model.bank.values())).seats.taken  # what failed leaves no seat behind
     with pytest.raises(ValueError, match="the model has no room for many adapters"):
         seat(plain(folders["all"]), ["all"])
+
+
+def test_threads_that_share_a_bank_do_not_share_seats(folders):
+    """Another thread answers between our seating and our pass; and who seats nobody is told there too."""
+    model = bank_of(folders)
+    expected = logits(model, IDS, OWNERS)
+    theirs = logits(model, IDS, ["all"] * len(IDS))
+    seat(model, [owner for owner in OWNERS for _ in range(IDS.shape[1])])
+    with ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(logits, model, IDS, ["all"] * len(IDS)).result(), theirs)
+        with pytest.raises(ValueError, match="no token has an adapter"):
+            other.submit(model, IDS).result()
+    assert torch.equal(model(IDS), expected)
 
 
 def test_names_are_never_given_to_another(folders):
@@ -155,7 +170,7 @@ def test_a_mixed_batch_is_sampled_as_each_row_alone(folders, slots):
 
 
 def test_ten_thousand_events_and_no_wrong_adapter(tmp_path):
-    """Adapters come and go between routed batches; each tenant's canary is what its adapter says alone."""
+    """Adapters come and go between routed batches; the canary of a tenant's version is what it says alone."""
     kinds = {
         f"tenant{i}": Adapter(rank=1 + i % 3, alpha=3.0, targets=("q_proj", "down_proj")[: 1 + i % 2])
         for i in range(8)
@@ -175,30 +190,28 @@ def test_ten_thousand_events_and_no_wrong_adapter(tmp_path):
             folder / "adapter_model.safetensors",
         )
     others = {name: load_adapter(plain(folders[name]), folder)(ids)[0, -1] for name, folder in twins.items()}
-    version = dict.fromkeys(kinds, False)
+    places, canaries = {"v0": folders, "v1": twins}, {"v0": exact, "v1": others}
+    table: dict[tuple[str, str], str] = {}  # the deployed version of each tenant that is there
     model, rng, seen = open_bank(plain(folders["tenant0"])), random.Random(0), Counter()
     for _ in range(10_000):
-        live = sorted(names_of(model))
         event = rng.choices(("add", "remove", "route", "sample"), (3, 2, 4, 1))[0]
+        tenant, version = rng.choice(sorted(kinds)), rng.choice(("v0", "v1"))
         seen[event] += 1
-        if event == "add":
-            name = rng.choice(sorted(kinds))
-            if name not in live:
-                version[name] = rng.random() < 0.5
-                add_to_bank(model, name, (twins if version[name] else folders)[name])
-        elif event == "remove" and live:
-            remove_from_bank(model, rng.choice(live))
+        if event == "add" and tenant not in names_of(model):
+            add_to_bank(model, tenant, places[version][tenant])
+            table[tenant, version] = tenant
+        elif event == "remove" and table:
+            gone = table.pop(rng.choice(sorted(table)))
+            remove_from_bank(model, gone)
+        elif event == "route" and (tenant, version) in table:
+            seat(model, [route(table, tenant, version)])
         elif event == "route":
-            name = rng.choice(sorted(kinds))
-            if name in live:
-                seat(model, [name])
-            else:
-                with pytest.raises(ValueError, match=f"the bank has no adapter {name}"):
-                    seat(model, [name])
-        elif live:
-            owners = [rng.choice(live) for _ in range(rng.randint(1, 6))]
+            with pytest.raises(ValueError, match=f"no adapter for tenant '{tenant}' and version '{version}'"):
+                route(table, tenant, version)
+        elif event == "sample" and table:
+            asked = [rng.choice(sorted(table)) for _ in range(rng.randint(1, 6))]
+            owners = [route(table, *request) for request in asked]
             said = logits(model, ids.expand(len(owners), -1), owners)[:, -1]
-            for row, owner in zip(said, owners, strict=True):
-                wanted = (others if version[owner] else exact)[owner]
-                torch.testing.assert_close(row, wanted, rtol=0, atol=1e-10)
+            for row, (tenant, version) in zip(said, asked, strict=True):
+                torch.testing.assert_close(row, canaries[version][tenant], rtol=0, atol=1e-10)
     assert min(seen.values()) > 900

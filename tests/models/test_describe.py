@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nanopost.data.chat import copy_chat, load_chat
 from nanopost.models.describe import check_finite, describe, main
 from nanopost.models.heads import load_score_model, save_score_model
 from nanopost.models.rope import RopeScaling
+from nanopost.models.trainable import LoRA, adapt, save_scores
 from nanopost.models.weights import load_model, random_model, save_model, write_config
 from tests.tiny import hub_folder, tiny_model
 
@@ -95,6 +97,8 @@ def test_a_padded_vocabulary_and_a_score_model_are_told(tmp_path, capsys):
     assert told["family"] == "llama, LlamaForSequenceClassification" and told["parameters"].endswith(
         ", 2 scores"
     )
+    main(["check", str(tmp_path / "b"), "--logits"])
+    assert "scores      written and read again: 0 away" in capsys.readouterr().out
 
 
 def test_ids_that_are_no_token_are_refused(tmp_path):
@@ -133,3 +137,26 @@ def test_transformers_is_asked_where_it_is_installed(tmp_path, capsys, family):
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [float(line.split(" away")[0].split()[-1]) < 1e-4 for line in lines] == [True] * 3
     assert "reads it" in lines[1] and "reads what was written" in lines[2]
+
+
+def test_transformers_and_peft_are_asked_for_scores_too(tmp_path, capsys):
+    """A reward model with its adapter beside it; the last id is the one its config calls padding."""
+    pytest.importorskip("transformers", reason="the extra `oracle` is not installed")
+    pytest.importorskip("peft", reason="the extra `oracle` is not installed")
+    model = tiny_model(tmp_path / "base", dtype=torch.float32, hidden_size=24)
+    save_model(model.config, model.state_dict(), tmp_path / "base", stop_ids=(1,))
+    scorer = adapt(load_score_model(tmp_path / "base"), LoRA(lora_rank=2), seed=0, base=tmp_path / "base")
+    for name, parameter in scorer.named_parameters():
+        if name.endswith(("lora_B", "score.weight")):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    padding = 34 % model.config.vocab_size
+    options = {"base": tmp_path / "base", "stop_ids": tuple(range(padding)), "labels": ["reward"]}
+    save_scores(scorer, scorer.state_dict(), tmp_path / "out", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say of each other is theirs to mend
+        main(["check", str(tmp_path / "out"), "--logits"])
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    assert [float(line.split(" away")[0].split()[-1]) < 1e-4 for line in lines] == [True] * 5
+    assert [line.split()[0] for line in lines] == ["scores", "adapter", "adapter", "scores", "scores"]
+    assert float(lines[3].split()[-1]) > 0.01  # the largest score
+    assert "peft" in lines[2] and "reads it" in lines[3] and "reads what was written" in lines[4]

@@ -63,6 +63,17 @@ def test_NQ1_codes_and_scales_equal_the_page(shape: tuple[int, ...], seed: int, 
     assert codes.dtype == torch.uint8 and codes.shape == ((weight.numel() + 1) // 2,)
 
 
+def test_NQ1_codes_and_weights_are_those_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="the extra `oracle` is not installed")
+    weight = drawn((131, 67), seed=3).float()  # the last block and the last byte are not full
+    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    codes, scales = quantize_nf4(weight)
+    theirs_codes = unpack_nf4(theirs.flatten(), weight.numel())
+    assert torch.equal(theirs_codes, unpack_nf4(codes, weight.numel())) and torch.equal(state.absmax, scales)
+    found = dequantize_nf4(codes, scales, shape=tuple(weight.shape))
+    torch.testing.assert_close(found, functional.dequantize_4bit(theirs, state), rtol=0, atol=1e-6)
+
+
 def test_NQ2_the_levels_are_the_published_ones() -> None:
     page = namespace("quantize_nf4")["LEVELS"]
     assert len(LEVELS) == 16 and list(LEVELS) == sorted(LEVELS)

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanopost.models import trainable
+from nanopost.models.heads import load_score_model, save_score_model
 from nanopost.models.lora_model import TARGETS, Adapter, add_adapter
 from nanopost.models.peft import check_origin, origin, save_adapter
-from nanopost.models.trainable import LoRA, load_policy, save_policy
+from nanopost.models.trainable import LoRA, adapt, load_policy, nf4_layers, save_policy, save_scores
 from nanopost.models.weights import load_model, save_model, weights_id
 from tests.models.test_lora_model import base, lively
 
@@ -49,6 +50,30 @@ def test_a_file_that_says_something_else_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(trainable, "save_adapter", loses)
     with pytest.raises(ValueError, match=r"base and adapter are .* away from the merged model"):
         save_policy(model, model.state_dict(), tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"lora_rank": 2}, {"lora_rank": 2, "lora_nf4": True}], ids=["all", "lora", "nf4"]
+)
+def test_a_score_model_is_read_again_as_well(tmp_path, monkeypatch, flags):
+    """A reward model of two scores: trained whole, or with an adapter and the head."""
+    chosen = LoRA(**flags)
+    base(tmp_path / "base")
+    start = {"seed": 0, "base": tmp_path / "base"}
+    model = adapt(
+        load_score_model(tmp_path / "base", labels=2, four_bits=nf4_layers(chosen)), chosen, **start
+    )
+    torch.nn.init.normal_(lively(model).score.weight, generator=torch.Generator().manual_seed(0))
+    options = {"base": tmp_path / "base", "stop_ids": (1,), "labels": ["right", "kind"]}
+    told = save_scores(model, model.state_dict(), tmp_path / "out", **options)
+    assert told.startswith(" (read again: the same scores") and ("; base and adapter " in told) == bool(flags)
+
+    def rots(config, tensors, folder, **given):
+        save_score_model(config, tensors | {"score.weight": 1.5 * tensors["score.weight"]}, folder, **given)
+
+    monkeypatch.setattr(trainable, "save_score_model", rots)
+    with pytest.raises(ValueError, match=r"out: read again, its scores are .* away"):
+        save_scores(model, model.state_dict(), tmp_path / "out", **options)
 
 
 def test_an_adapter_belongs_beside_its_base_and_its_format(tmp_path):

@@ -131,8 +131,8 @@ MUTANTS = [
         source="our own",
         story="A critic of another shape gets the policy's config.json: nothing can load the folder.",
         file=SCRIPT,
-        before="ppo.save_critic(critic,",
-        after="ppo.save_critic(policy,",
+        before='(run / "critic", critic,',
+        after='(run / "critic", policy,',
         killer=f"{TESTS}::test_a_critic_of_another_shape_is_saved_in_that_shape",
     ),
     Mutant(

@@ -31,6 +31,12 @@ def test_every_answer_has_a_record_and_its_own_tenants_adapter(run):
     assert all(row["adapter"] == table[row["tenant"]][VERSION] for row in audit)
     assert len({row["adapter"] for row in audit}) == 3 == len(list((out / "store").iterdir()))
     assert f"audit: {out / 'audit.jsonl'}" in printed
+    for tenant in TENANTS:
+        crossed = [
+            json.loads(line) for line in (out / f"audit-under-{tenant}.jsonl").read_text().splitlines()
+        ]
+        assert [row["id"] for row in crossed] == [row["id"] for row in audit]
+        assert {row["adapter"] for row in crossed} == {table[tenant][VERSION]}
 
 
 def test_the_summary_has_every_tenant_under_every_adapter(run):

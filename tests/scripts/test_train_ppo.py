@@ -305,6 +305,11 @@ def test_the_reward_model_gives_the_reward_and_the_verifier_is_told_beside_it(st
     assert told[-1]["eval_verified"] in (0.0, 1.0) != told[-1]["eval_reward"]
     printed = (runs("told") / "printed.txt").read_text()
     assert printed.count(NOTE) == 2  # its template is another: told once by each of two runs
+    told = [
+        f"{what} (read again: the same {said})\n"
+        for what, said in (("critic", "scores"), ("model", "logits"))
+    ]
+    assert printed.count(told[0]) == printed.count(told[1]) > 1
 
 
 def test_a_reward_model_alone_needs_no_answers(runs):
