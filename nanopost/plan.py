@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from nanopost.models.trainable import chosen_adapter
 from nanopost.rollout import footprint as sampling
 
 Terms = dict[str, int]  # bytes by name
+UNITS = {"GiB": 2**30, "MiB": 2**20}
 # What a script reads its hidden states with: the first whose field its flags have.
 HEADS = {"group_size": "logps", "mode": "logits", "labels": "score", "loss": "logps", "epochs": "alike"}
 TERMS = (
@@ -56,13 +58,21 @@ def moments(job: Job) -> dict[str, Terms]:
     ends |= {"passing": training.last_gradients(job)}
     found = {"backward begins": always | begins, "backward ends": always | ends}
     if job.sampled:
-        rest = max(sampling.moving(job), sampling.drawing(job), sampling.reading(job))
-        terms = {"gathered": sampling.whole(job), "KV cache": sampling.kv_cache(job)}
-        terms |= {"logits": sampling.next_logits(job), "passing": rest}
-        found = {"sampling": always | terms} | found
+        found = {"sampling": always | speaking(job)} | found
+    if job.held_out:
+        alone = replace(job, sampled=job.held_out if job.new else 0, group=1)
+        read = {"gathered": sampling.whole(job), "passing": training.reading(job)}
+        found["evaluation"] = always | (speaking(alone) if job.new else read)
     if job.device == "cpu":  # of a GPU's run the host does this
         found["writing"] = always | {"read again": training.read_again(job)}
     return found
+
+
+def speaking(job: Job) -> Terms:
+    """The terms of the sampler."""
+    rest = max(sampling.moving(job), sampling.drawing(job), sampling.reading(job))
+    terms = {"gathered": sampling.whole(job), "KV cache": sampling.kv_cache(job)}
+    return terms | {"logits": sampling.next_logits(job), "passing": rest}
 
 
 def need(job: Job) -> int:
@@ -81,10 +91,12 @@ def fits(job: Job, memory: int | None = None) -> Fit:
     takes = need(job)
     most = _most(job, "micro_batch", job.rows, memory)
     slots = _most(replace(job, micro_batch=most or 1), "slots", job.sampled, memory) if job.sampled else 0
-    told = f"{_size(takes)} of {_size(memory)} a rank with --micro-batch {job.micro_batch // job.pair}"
-    told += f" --slots {job.slots}" if job.sampled else ""
-    room = f"--micro-batch {most // job.pair}" + (f" and --slots {slots}" if job.sampled else "")
-    told += f"; {room} would fit" if most >= job.pair else "; no micro-batch fits"
+    told = f"{_size(takes)} of {_size(memory)} a rank, "
+    told += f"micro-batches of {job.micro_batch // job.pair}" + (
+        f", {job.slots} slots" if job.sampled else ""
+    )
+    room = f"up to {most // job.pair}" + (f" with {slots} slots" if slots else "")
+    told += f"; {room} would fit" if most else "; none would fit"
     return Fit(takes <= memory, takes, memory, most // job.pair, slots, told)
 
 
@@ -106,24 +118,35 @@ def _most(job: Job, name: Literal["micro_batch", "slots"], limit: int, memory: i
 
 
 def available(device: str) -> int:
-    """Bytes for a rank: what of a GPU is free or its own; its share of the host's, or of the cgroup's."""
+    """Bytes for a rank, with what it has taken since it began: of a GPU, or a share of the host or cgroup."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    free = [_told("/proc/meminfo", "MemAvailable:") + _told("/proc/self/status", "VmRSS:")]
+    if not free[0]:  # not Linux: all there is
+        free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of version 2, of version 1
         path = Path("/sys/fs/cgroup") / name
         if path.is_file() and (text := path.read_text(encoding="ascii").strip()).isdigit():
             free.append(int(text))
-    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - BEGAN
 
 
-def job_of(cfg: Any, longest: int) -> Job:
+def _told(path: str, name: str) -> int:
+    """Bytes that a line of one of Linux's files tells in kB; 0 where there is no such file."""
+    lines = Path(path).read_text(encoding="ascii").splitlines() if Path(path).exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0) << 10
+
+
+BEGAN = _told("/proc/self/status", "VmRSS:")  # interpreter and torch, which no term counts
+
+
+def job_of(cfg: Any, longest: int, *, held_out: int = 0) -> Job:
     """The job of a script's flags, on this device, with the ranks that there are.
 
     Args:
         cfg: the configuration of one of the six scripts.
         longest: tokens of the longest row that is read, or of the longest prompt that is sampled from.
+        held_out: rows of an evaluation, over all ranks.
     """
     has, adapter, device = vars(cfg), chosen_adapter(cfg), "cuda" if torch.cuda.is_available() else "cpu"
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -154,6 +177,7 @@ def job_of(cfg: Any, longest: int) -> Job:
         new=new * samples,
         slots=has.get("slots", 256),
         sampled=rows * samples,
+        held_out=ceil(held_out / ranks),
         rank=adapter.rank if adapter else 0,
         targets=adapter.targets if adapter else (),
         nf4=cfg.lora_nf4,
@@ -169,30 +193,28 @@ def job_of(cfg: Any, longest: int) -> Job:
 
 
 def table(job: Job) -> str:
-    """The terms of each moment in GiB, a term a line, their sums at the end."""
-    found = moments(job)
-    names = [name for name in TERMS if any(terms.get(name) for terms in found.values())]
-    lines = [f"{'GiB a rank':<14}" + "".join(f"{moment:>17}" for moment in found)]
-    for name in names:
-        lines.append(
-            f"{name:<14}" + "".join(f"{terms.get(name, 0) / 2**30:17.3f}" for terms in found.values())
-        )
-    return "\n".join(
-        [*lines, f"{'in all':<14}" + "".join(f"{sum(t.values()) / 2**30:17.3f}" for t in found.values())]
-    )
+    """The terms of each moment, a term a line, and their sums at the end."""
+    found = {moment: terms | {"in all": sum(terms.values())} for moment, terms in moments(job).items()}
+    unit = "GiB" if need(job) >= 2**30 else "MiB"
+    lines = [f"{unit} a rank".ljust(14) + "".join(f"{moment:>17}" for moment in found)]
+    for name in (*TERMS, "in all"):
+        values = [terms.get(name, 0) for terms in found.values()]
+        numbers = [f"{value / UNITS[unit]:17.2f}" if value else " " * 17 for value in values]
+        lines += [name.ljust(14) + "".join(numbers)] if any(values) else []
+    return "\n".join(lines)
 
 
-def offer(cfg: Any, longest: int) -> None:
+def offer(cfg: Any, longest: int, *, held_out: int = 0) -> None:
     """With --plan: print the table of a script's run and end, with status 0 if it fits and 1 if not.
 
     Args:
-        cfg, longest: as for `job_of`.
+        cfg, longest, held_out: as for `job_of`.
     Raises:
         SystemExit: with --plan.
     """
     if not cfg.plan:
         return
-    job = job_of(cfg, longest)
+    job = job_of(cfg, longest, held_out=held_out)
     found = fits(job)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{table(job)}\n{'it fits' if found.fits else 'it does not fit'}: {found.sentence}", flush=True)

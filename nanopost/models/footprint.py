@@ -32,6 +32,7 @@ class Job:
     new: int = 0  # tokens that a sampled row may say; 0: nothing is sampled
     slots: int = 256  # rows decoded at a time
     sampled: int = 0  # rows sampled in a step, on one rank
+    held_out: int = 0  # rows of an evaluation, on one rank
     rank: int = 0  # of an adapter; 0: all weights train
     targets: tuple[str, ...] = ()  # the projections that have it
     nf4: bool = False  # their frozen weights in four bits
@@ -204,6 +205,12 @@ def passing(job: Job) -> int:
     c, (N, _, _) = job.config, tokens(job)
     head = 4 * c.vocab_size * c.hidden_size * (not job.rank and job.head != "score")
     return width(job) * 2 * N * c.intermediate_size + 4 * 3 * N * c.hidden_size + head
+
+
+def reading(job: Job) -> int:
+    """A micro-batch without a gradient: b·3·N·(D + I)."""
+    c = job.config
+    return width(job) * 3 * tokens(job)[0] * (c.hidden_size + c.intermediate_size)
 
 
 def gradients(job: Job) -> int:
