@@ -56,6 +56,7 @@ def matrices(c: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def heads(c: LlamaConfig) -> tuple[int, int]:
+    """H·E of the queries and K·E of keys or values."""
     return c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
 
@@ -115,6 +116,7 @@ def gathered(job: Job) -> int:
 
 
 def width(job: Job) -> int:
+    """b, bytes of a number in products."""
     return 2 if job.bf16 else 4
 
 
@@ -157,7 +159,7 @@ def kept_by_block(job: Job) -> int:
     )
     row = job.length + job.new
     if job.device == "cpu" and row <= SHORT:  # scores are kept, keys and values for each query head
-        attention = b * (N * 3 * HE + keys * 2 * HE + N * H * row)
+        attention = b * (N * 2 * HE + keys * 2 * HE + N * H * row)
     else:  # a flash kernel; on a GPU it takes as many key/value heads as query heads
         attention = b * (N * 2 * HE + keys * 2 * (HE if job.device == "cuda" else KE)) + 4 * N * H
         ragged = job.device == "cpu" and job.micro_batch > 1  # rows are gathered by length, and put back
@@ -184,8 +186,8 @@ def logits(job: Job) -> int:
     """What the head takes at most; all logits are stored for top-k, top-p and distillation alone.
 
     alike: max(C·V + V·D, 2·V·D) and 3·M·D: a chunk of C tokens' logits; the head's gradient, made in the
-    forward pass, and that one scaled. logps: a tile, V·D and 4·M·D. logits: 8·M·V and V·D. score: 2·M·D.
-    Times 4 bytes. A frozen head has no gradient; in bfloat16 there is the head's copy, 2·V·D bytes.
+    forward pass, and that one scaled. logps: a tile with V·D, or two tiles, and 4·M·D. logits: 8·M·V and
+    V·D. score: 2·M·D. Times 4 bytes. A frozen head has no gradient; in bfloat16 it has a copy, 2·V·D bytes.
     """
     c, b, (_, M, _) = job.config, width(job), tokens(job)
     V, MD, matrix = c.vocab_size, c.hidden_size * tokens(job)[1], 4 * c.vocab_size * c.hidden_size
@@ -195,8 +197,8 @@ def logits(job: Job) -> int:
         wide = matrix * (job.bf16 and job.device == "cpu")  # there a chunk is made in float32
         return max(chunk + head + wide, 2 * head) + 4 * 3 * MD + cast
     if job.head == "logps":
-        tile = 3 * LEAST * TILE["cpu"] * 4 if job.device == "cpu" else M * TILE["cuda"] * b
-        return tile + head + 4 * 4 * MD + cast
+        tile = 4 * LEAST * TILE["cpu"] if job.device == "cpu" else M * TILE["cuda"] * b
+        return max(2 * tile, tile + head) + 4 * 4 * MD + cast
     return 4 * 8 * M * V + head + cast if job.head == "logits" else 4 * 2 * MD
 
 
