@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nanopost import checkpoint, config, distributed, export, faults, losses, metrics, optim, runs
+from nanopost import checkpoint, config, distributed, export, faults, losses, metrics, optim, plan, runs
 from nanopost.data.chat import load_chat, record_samples
 from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
@@ -169,10 +169,13 @@ def main(cfg: Config) -> None:
         distributed.barrier()
 
     if cfg.mode == "text" and cfg.teacher:
+        plan.offer(cfg, longest, held_out=len(records))  # its texts are not there yet
         if not (cfg.resume and (run / "teacher.jsonl").exists()):
             write_texts(run / "teacher.jsonl")
         records = read_jsonl(run / "teacher.jsonl")
     train, held_out = tasks_of(records), tasks_of(read_jsonl(cfg.eval_data)) if cfg.eval_data else []
+    tokens = [len(getattr(task, "ids", task)) for task in train + held_out]
+    plan.offer(cfg, max(tokens), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)

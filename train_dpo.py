@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nanopost import checkpoint, config, distributed, export, faults, losses, metrics, optim, runs
+from nanopost import checkpoint, config, distributed, export, faults, losses, metrics, optim, plan, runs
 from nanopost.data.chat import load_chat
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
@@ -150,6 +150,8 @@ def main(cfg: Config) -> None:
         return kept if loss.unit == "pair" else mismatched(kept, longest=longest)
 
     train, held_out = examples_of(cfg.data), examples_of(cfg.eval_data) if cfg.eval_data else []
+    tokens = [len(sample.ids) for e in train + held_out for sample in e.samples]
+    plan.offer(cfg, max(tokens), held_out=len(train + held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed))

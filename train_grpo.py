@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, runs
+from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, plan, runs
 from nanopost.data.chat import decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
@@ -122,6 +122,7 @@ def main(cfg: Config) -> None:
     train = [task_of(record) for record in read_jsonl(cfg.data)]
     _ = [trace(chat, record, ids, longest=longest) for ids, record in train if traces]  # or says why not
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
+    plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed))

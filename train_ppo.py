@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, runs
+from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, plan, runs
 from nanopost.data.chat import decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
@@ -118,6 +118,7 @@ def main(cfg: Config) -> None:
 
     train = [task_of(record) for record in read_jsonl(cfg.data)]
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
+    plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy, critic = map(distributed.shard, ppo.load_pair(cfg.model, cfg.critic, chat, cfg, seed=cfg.seed))

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, runs
+from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, plan, runs
 from nanopost.data.chat import load_chat
 from nanopost.data.collate import pad_ids
 from nanopost.data.order import step_indices
@@ -144,6 +144,7 @@ def main(cfg: Config) -> None:
         told = f"left out {len(unread)} of {len(unread) + len(audit_pairs)} audit pairs"
         distributed.main_print(f"{told} (first: {unread[0]}); --audit FILE takes others")
     audit_examples, audited = [example_of(pair) for pair in audit_pairs], bool(audit_pairs)
+    plan.offer(cfg, max(map(tokens_of, train + held_out)), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     model = load_score_model(cfg.model, labels=len(SCORES[cfg.labels]), four_bits=nf4_layers(cfg))

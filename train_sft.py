@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, runs
+from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, plan, runs
 from nanopost.data.chat import load_chat, record_samples
 from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
@@ -85,6 +85,7 @@ def main(cfg: Config) -> None:
 
     train = samples_of(cfg.data)
     held_out = samples_of(cfg.eval_data) if cfg.eval_data else []
+    plan.offer(cfg, max(len(sample.ids) for sample in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)

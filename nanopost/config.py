@@ -19,6 +19,7 @@ class Machine:
 
     resume: bool = False  # go on from the newest state in OUT
     accept: str = ""  # what may have changed since the run began, names with commas: data,lr
+    plan: bool = False  # tell what memory this takes and whether it fits, and end
     threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
 
 

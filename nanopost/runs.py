@@ -39,7 +39,8 @@ def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any]) -> Path:
 
     Args:
         run: the folder; parents are made.
-        config: instance of a flat dataclass with the flags of `config.Machine`, written to args.json.
+        config: instance of a flat dataclass with the flags of `config.Machine`, written to args.json. With
+            `plan` nothing runs, and nothing is written.
         env: JSON values to add to env.json, such as a template's version.
     Returns:
         The folder as a path. A resumed run that was begun with other flags, other values of `env` or other
@@ -50,6 +51,8 @@ def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any]) -> Path:
             was not accepted (all of it is named), `config.accept` has a name that is none, or another process
             is at work in the folder.
     """
+    if config.plan:
+        return Path(run)
     told: list[Any] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:

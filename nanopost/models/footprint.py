@@ -1,0 +1,236 @@
+"""What a model takes in memory while it trains: formulas of its `config.json`, nothing is allocated.
+
+Every term is a function of a `Job`, in bytes of one rank, with its formula in the docstring. The sampler's
+are in `rollout/footprint.py`; `nanopost/plan.py` adds them up, docs/scale.md has them beside what was
+measured. Letters: P numbers of a model, N tokens of a micro-batch, M of them trained on, L blocks, I numbers
+between gate and down, S tokens that a row may say; b bytes of a number in products: 4, or 2 in bfloat16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from nanopost.models.config import LlamaConfig
+
+NF4 = 4.127 / 8  # bytes a weight (models/quant.py)
+# The kernels' sizes (kernels/dispatch.py, data/collate.py): the tests hold them to each other.
+SHORT, SHARED, CHUNK, LEAST, TILE = 64, 16, {"cpu": 2**20, "cuda": 2**29}, 256, {"cpu": 1024, "cuda": 4096}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The numbers of a run that its memory depends on."""
+
+    config: LlamaConfig  # of what trains
+    head: str = "alike"  # what reads the hidden states: "alike" (SFT), "logps", "logits" or "score"
+    micro_batch: int  # rows of a forward pass
+    pair: int = 1  # rows that a script counts as one: 2 of a pair
+    rows: int  # of an optimiser step, on one rank
+    length: int  # T, tokens of the longest row; of sampled rows the longest prompt's
+    group: int = 1  # rows that share a prompt
+    new: int = 0  # tokens that a sampled row may say; 0: nothing is sampled
+    slots: int = 256  # rows decoded at a time
+    sampled: int = 0  # rows sampled in a step, on one rank
+    held_out: int = 0  # rows of an evaluation, on one rank
+    rank: int = 0  # of an adapter; 0: all weights train
+    targets: tuple[str, ...] = ()  # the projections that have it
+    nf4: bool = False  # their frozen weights in four bits
+    copies: int = 0  # frozen models of the policy's own format: the reference
+    frozen: tuple[LlamaConfig, ...] = ()  # frozen models in float32
+    critic: LlamaConfig | None = None  # trains as the policy does
+    ranks: int = 1
+    device: str = "cpu"
+    bf16: bool = False
+    recompute: bool = False  # a block keeps its input alone and is computed again in backward
+    offload: bool = False  # weights, gradients and moments wait on the host
+
+
+# ---- what stands all the time ------------------------------------------------------------------------------
+def matrices(c: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of a block's seven projections."""
+    D, wide, HE, KE = c.hidden_size, c.intermediate_size, *heads(c)
+    sizes = ((D, HE), (D, KE), (D, KE), (HE, D), (D, wide), (D, wide), (wide, D))
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return dict(zip(names, sizes, strict=True))
+
+
+def heads(c: LlamaConfig) -> tuple[int, int]:
+    """H·E of the queries and K·E of keys or values."""
+    return c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+
+def block_size(c: LlamaConfig) -> int:
+    """Numbers of a block: Σ in·out, two norms of D; Qwen2: biases, Qwen3: two norms of E."""
+    HE, KE = heads(c)
+    extra = c.qkv_bias * (HE + 2 * KE) + c.qk_norm * 2 * c.head_dim
+    return sum(a * b for a, b in matrices(c).values()) + 2 * c.hidden_size + extra
+
+
+def root_size(c: LlamaConfig) -> int:
+    """Numbers outside the blocks: embedding V·D, head V·D unless it is tied, the last norm's D."""
+    return c.vocab_size * c.hidden_size * (2 - c.tie_word_embeddings) + c.hidden_size
+
+
+def size(c: LlamaConfig) -> int:
+    """P, the numbers of a model: L blocks and what is outside them."""
+    return c.num_hidden_layers * block_size(c) + root_size(c)
+
+
+def trained(job: Job, c: LlamaConfig) -> int:
+    """Numbers that train: P, or with an adapter of rank r: L Σ r·(in + out) over its projections."""
+    if not job.rank:
+        return size(c)
+    return c.num_hidden_layers * sum(job.rank * sum(matrices(c)[name]) for name in job.targets)
+
+
+def weights(job: Job, c: LlamaConfig) -> int:
+    """4·P, and 4 bytes a number of an adapter; 4.127 bits a weight of projections in NF4."""
+    quantised = sum(a * b for n, (a, b) in matrices(c).items() if job.nf4 and n in job.targets)
+    quantised *= c.num_hidden_layers
+    return 4 * (size(c) - quantised) + round(NF4 * quantised) + (4 * trained(job, c) if job.rank else 0)
+
+
+def _trains(job: Job) -> int:
+    """Numbers that train, the critic's among them."""
+    return trained(job, job.config) + (trained(job, job.critic) if job.critic else 0)
+
+
+def standing(job: Job) -> dict[str, int]:
+    """What is there all the time: weights, frozen models (4·P each), Adam's two moments.
+
+    Of n ranks each holds 1/n. With offload all of it is on the host, and none on a GPU.
+    """
+    own = weights(job, job.config) + (weights(job, job.critic) if job.critic else 0)
+    others = job.copies * weights(job, job.config) + sum(4 * size(c) for c in job.frozen)
+    terms = {"weights": own, "frozen models": others, "Adam": 8 * _trains(job)}
+    here = not (job.offload and job.device == "cuda")
+    return {name: here * ceil(value / job.ranks) for name, value in terms.items()}
+
+
+def gathered(job: Job) -> int:
+    """What FSDP holds whole while it computes: all but the blocks, and two of these: one and the next."""
+    if job.ranks == 1 and not job.offload:
+        return 0
+    return 4 * root_size(job.config) + 2 * width(job) * block_size(job.config)
+
+
+def width(job: Job) -> int:
+    """b, bytes of a number in products."""
+    return 2 if job.bf16 else 4
+
+
+def _has(job: Job, name: str) -> bool:
+    """Whether a projection's weight, or its adapter's, gets a gradient: then what it read is kept."""
+    return not job.rank or name in job.targets
+
+
+# ---- a micro-batch forward and backward --------------------------------------------------------------------
+def tokens(job: Job) -> tuple[int, int, int]:
+    """N tokens of a micro-batch, M of them trained on, and the keys that its rows look at.
+
+    Data: rows·T, all three. Sampled: a group's prompt is there once, N = prompts·T + rows·S, M = rows·S; each
+    of its rows looks at a copy of it, rows·(T + S).
+    """
+    rows = job.micro_batch
+    if not job.new:
+        return rows * job.length, rows * job.length, rows * job.length
+    share = job.group if job.length >= SHARED else 1
+    return ceil(rows / share) * job.length + rows * job.new, rows * job.new, rows * (job.length + job.new)
+
+
+def kept_by_block(job: Job) -> int:
+    """What autograd keeps of one block: N·(4·2(D + 1) + b·(n·D + q) + 4·H + b·3I) for all weights in float32.
+
+    The residual before both norms and their rates, 2(D + 1); what the projections read, n·D: one copy a norm
+    in float32 (n = 2), one a projection in bfloat16 (n = 5); queries, keys, values and output, and what it
+    adds up to a head; gate, up and their product. A projection without a gradient of its own keeps no input.
+    """
+    c, b, (N, _, keys) = job.config, width(job), tokens(job)
+    D, wide, (HE, KE), H = c.hidden_size, c.intermediate_size, heads(c), c.num_attention_heads
+    has = [
+        [_has(job, name) for name in names]
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    ]
+    copies = sum(sum(x) if job.bf16 else any(x) for x in has)
+    per_token = 8 * (D + 1) + b * (copies * D + 2 * wide + wide * _has(job, "down_proj"))
+    per_token += b * job.rank * len(job.targets) + c.qk_norm * (
+        b * (HE + KE) + 4 * (H + c.num_key_value_heads)
+    )
+    row = job.length + job.new
+    if job.device == "cpu" and row <= SHORT:  # scores are kept, keys and values for each query head
+        attention = b * (N * 2 * HE + keys * 2 * HE + N * H * row)
+    else:  # a flash kernel; on a GPU it takes as many key/value heads as query heads
+        attention = b * (N * 2 * HE + keys * 2 * (HE if job.device == "cuda" else KE)) + 4 * N * H
+        ragged = job.device == "cpu" and job.micro_batch > 1  # rows are gathered by length, and put back
+        attention += b * N * HE * (ragged and _has(job, "o_proj"))
+        attention += 4 * job.micro_batch * job.new * row * (job.device == "cpu" and bool(job.new))  # its mask
+    return N * per_token + attention
+
+
+def activations(job: Job) -> int:
+    """L times `kept_by_block`, the last norm's N·D and the angles N·E; in bfloat16 also 2 bytes a weight.
+
+    Those are the copies that products read. FSDP has copies of its own (`gathered`). With recompute a block
+    keeps 4·N·D, and one at a time all of it.
+    """
+    c, (N, _, _), block = job.config, tokens(job), kept_by_block(job)
+    cast = 2 * sum(a * b for a, b in matrices(c).values()) * (job.bf16 and not gathered(job))
+    kept = c.num_hidden_layers * (block + cast)
+    if job.recompute:
+        kept = c.num_hidden_layers * 4 * N * c.hidden_size + block + cast
+    return kept + 4 * N * (c.hidden_size + c.head_dim)
+
+
+def logits(job: Job) -> int:
+    """What the head takes at most; all logits are stored for top-k, top-p and distillation alone.
+
+    alike: max(C·V + V·D, 2·V·D) and 3·M·D: a chunk of C tokens' logits; the head's gradient, made in the
+    forward pass, and that one scaled. logps: a tile with V·D, or two tiles, and 4·M·D. logits: 8·M·V and
+    V·D. score: 2·M·D. Times 4 bytes. A frozen head has no gradient; in bfloat16 it has a copy, 2·V·D bytes.
+    """
+    c, b, (_, M, _) = job.config, width(job), tokens(job)
+    V, MD, matrix = c.vocab_size, c.hidden_size * tokens(job)[1], 4 * c.vocab_size * c.hidden_size
+    head, cast = matrix * (not job.rank), matrix // 2 * job.bf16
+    if job.head == "alike":
+        chunk = max(LEAST, min(CHUNK[job.device] // V, M)) * V * (b if job.device == "cuda" else 4)
+        wide = matrix * (job.bf16 and job.device == "cpu")  # there a chunk is made in float32
+        return max(chunk + head + wide, 2 * head) + 4 * 3 * MD + cast
+    if job.head == "logps":
+        tile = 4 * LEAST * TILE["cpu"] if job.device == "cpu" else M * TILE["cuda"] * b
+        return max(2 * tile, tile + head) + 4 * 4 * MD + cast
+    return 4 * 8 * M * V + head + cast if job.head == "logits" else 4 * 2 * MD
+
+
+def passing(job: Job) -> int:
+    """Gradients on their way through a block, 4·3·N·D + b·2·N·I, beside the head's own, 4·V·D."""
+    c, (N, _, _) = job.config, tokens(job)
+    head = 4 * c.vocab_size * c.hidden_size * (not job.rank and job.head != "score")
+    return width(job) * 2 * N * c.intermediate_size + 4 * 3 * N * c.hidden_size + head
+
+
+def reading(job: Job) -> int:
+    """A micro-batch without a gradient: b·3·N·(D + I)."""
+    c = job.config
+    return width(job) * 3 * tokens(job)[0] * (c.hidden_size + c.intermediate_size)
+
+
+def gradients(job: Job) -> int:
+    """4 bytes a number that trains, of n ranks 1/n each; offloaded ones are on the host."""
+    return ceil(4 * _trains(job) / job.ranks) * (not (job.offload and job.device == "cuda"))
+
+
+def last_gradients(job: Job) -> int:
+    """Where backward ends: the embedding's gradient, 4·V·D; the head's waits for it if they are tied."""
+    c = job.config
+    return 0 if job.rank else 4 * c.vocab_size * c.hidden_size * (1 + c.tie_word_embeddings)
+
+
+def read_again(job: Job) -> int:
+    """What is written is read again, 4·P; under an adapter the merged matrices stand beside it.
+
+    Of several ranks each has the whole model on the host by then, 4·P.
+    """
+    c = job.config
+    merged = sum(a * b for n, (a, b) in matrices(c).items() if n in job.targets) * c.num_hidden_layers
+    return 4 * (size(c) * (1 + (job.ranks > 1)) + merged)

@@ -1,0 +1,227 @@
+"""Whether a run fits into memory, told from `config.json` and the flags before a weight is read.
+
+    python train_sft.py --model DIR --data chats.jsonl --plan       the table; status 0 if it fits, 1 if not
+
+The terms are those of `models/footprint.py` and `rollout/footprint.py`, added up for four moments of a run:
+while it samples, where backward begins (all activations are there) and ends (all gradients are), and while
+the model is written. All rows are taken to be as long as the longest: no step takes more.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from nanopost.models import footprint as training
+from nanopost.models.config import load_config
+from nanopost.models.footprint import Job
+from nanopost.models.trainable import chosen_adapter
+from nanopost.rollout import footprint as sampling
+
+Terms = dict[str, int]  # bytes by name
+UNITS = {"GiB": 2**30, "MiB": 2**20}
+# What a script reads its hidden states with: the first whose field its flags have.
+HEADS = {"group_size": "logps", "mode": "logits", "labels": "score", "loss": "logps", "epochs": "alike"}
+TERMS = (
+    "weights", "frozen models", "Adam", "gathered", "gradients", "activations", "logits", "KV cache",
+    "passing", "read again",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a job fits, and what would."""
+
+    fits: bool
+    need: int  # bytes at the highest moment, on one rank
+    memory: int  # bytes there are for a rank
+    micro_batch: int  # the largest that fits, at most the rows of a step; 0: none
+    slots: int  # likewise, at most the rows that are sampled; 0 also where nothing is
+    sentence: str  # all of it
+
+
+def moments(job: Job) -> dict[str, Terms]:
+    """The terms of each moment, bytes of one rank; a moment takes their sum."""
+    always, grads = training.standing(job), training.gradients(job)
+    whole = training.gathered(job)
+    adds = job.micro_batch < job.rows or job.critic is not None  # gradients of before are there
+    head, passing = training.logits(job), training.passing(job)
+    begins = {"gathered": whole, "gradients": adds * grads, "activations": training.activations(job)}
+    begins |= {"logits": head, "passing": max(0, passing - head)}
+    ends = {"gathered": whole, "gradients": grads, "activations": training.kept_by_block(job)}
+    ends |= {"passing": training.last_gradients(job)}
+    found = {"backward begins": always | begins, "backward ends": always | ends}
+    if job.sampled:
+        found = {"sampling": always | speaking(job)} | found
+    if job.held_out:
+        alone = replace(job, sampled=job.held_out if job.new else 0, group=1)
+        read = {"gathered": sampling.whole(job), "passing": training.reading(job)}
+        found["evaluation"] = always | (speaking(alone) if job.new else read)
+    if job.device == "cpu":  # of a GPU's run the host does this
+        found["writing"] = always | {"read again": training.read_again(job)}
+    return found
+
+
+def speaking(job: Job) -> Terms:
+    """The terms of the sampler."""
+    rest = max(sampling.moving(job), sampling.drawing(job), sampling.reading(job))
+    terms = {"gathered": sampling.whole(job), "KV cache": sampling.kv_cache(job)}
+    return terms | {"logits": sampling.next_logits(job), "passing": rest}
+
+
+def need(job: Job) -> int:
+    """Bytes of the highest moment."""
+    return max(sum(terms.values()) for terms in moments(job).values())
+
+
+def fits(job: Job, memory: int | None = None) -> Fit:
+    """Whether a job fits into memory, the largest micro-batch that would, and the most slots.
+
+    Args:
+        job: what `job_of` makes of a script's flags.
+        memory: bytes for a rank; None: what there is (`available`).
+    """
+    memory = available(job.device) if memory is None else memory
+    takes = need(job)
+    most = _most(job, "micro_batch", job.rows, memory)
+    slots = _most(replace(job, micro_batch=most or 1), "slots", job.sampled, memory) if job.sampled else 0
+    told = f"{_size(takes)} of {_size(memory)} a rank, "
+    told += f"micro-batches of {job.micro_batch // job.pair}" + (
+        f", {job.slots} slots" if job.sampled else ""
+    )
+    room = f"up to {most // job.pair}" + (f" with {slots} slots" if slots else "")
+    told += f"; {room} would fit" if most else "; none would fit"
+    return Fit(takes <= memory, takes, memory, most // job.pair, slots, told)
+
+
+def _most(job: Job, name: Literal["micro_batch", "slots"], limit: int, memory: int) -> int:
+    """The largest value of a field, at most `limit`, with which a job fits; 0: none."""
+    step = job.pair if name == "micro_batch" else 1
+
+    def fit(count: int) -> bool:
+        changes: dict[str, Any] = {name: count * step}
+        return need(replace(job, **changes)) <= memory
+
+    low, high = 0, limit // step
+    if fit(high):  # asked first: with the whole step in one there is nothing to accumulate
+        return high * step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low * step
+
+
+def available(device: str) -> int:
+    """Bytes for a rank, with what it has taken since it began: of a GPU, or a share of the host or cgroup."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    free = [_told("/proc/meminfo", "MemAvailable:") + _told("/proc/self/status", "VmRSS:")]
+    if not free[0]:  # not Linux: all there is
+        free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of version 2, of version 1
+        path = Path("/sys/fs/cgroup") / name
+        if path.is_file() and (text := path.read_text(encoding="ascii").strip()).isdigit():
+            free.append(int(text))
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - BEGAN
+
+
+def _told(path: str, name: str) -> int:
+    """Bytes that a line of one of Linux's files tells in kB; 0 where there is no such file."""
+    lines = Path(path).read_text(encoding="ascii").splitlines() if Path(path).exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0) << 10
+
+
+BEGAN = _told("/proc/self/status", "VmRSS:")  # interpreter and torch, which no term counts
+
+
+def job_of(cfg: Any, longest: int, *, held_out: int = 0) -> Job:
+    """The job of a script's flags, on this device, with the ranks that there are.
+
+    Args:
+        cfg: the configuration of one of the six scripts.
+        longest: tokens of the longest row that is read, or of the longest prompt that is sampled from.
+        held_out: rows of an evaluation, over all ranks.
+    """
+    has, adapter, device = vars(cfg), chosen_adapter(cfg), "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    head = next(HEADS[name] for name in HEADS if name in has)
+    if has.get("mode") == "text":
+        head = "alike"
+    if has.get("top_k", 0) or (has.get("top_p") or 1.0) < 1.0:
+        head = "logits"
+    config, samples = load_config(cfg.model), "group_size" in has or has.get("mode") == "on-policy"
+    group, new = has.get("group_size", 1), has.get("max_new_tokens", 0) or 256
+    pair = 2 if has.get("labels") == "pairs" or ("loss" in has and "group_size" not in has) else 1
+    rows = has.get("batch_size", 0) or has["prompts_per_step"] * group
+    rows = rows // ranks
+    others = (
+        [has.get(name) for name in ("ref_model", "teacher", "reward_model")]
+        if samples or head == "logits"
+        else []
+    )
+    critic = has.get("critic", "shared")
+    return Job(
+        config=config,
+        head=head,
+        pair=pair,
+        micro_batch=min(cfg.micro_batch * pair, rows * pair // has.get("minibatches", 1)),
+        rows=rows * pair // has.get("minibatches", 1),
+        length=longest,
+        group=group,
+        new=new * samples,
+        slots=has.get("slots", 256),
+        sampled=rows * samples,
+        held_out=ceil(held_out / ranks),
+        rank=adapter.rank if adapter else 0,
+        targets=adapter.targets if adapter else (),
+        nf4=cfg.lora_nf4,
+        copies=int("group_size" in has and cfg.ref_model is None),
+        frozen=tuple(load_config(folder) for folder in others if folder),
+        critic=None if critic == "shared" else load_config(critic or cfg.model),
+        ranks=ranks,
+        device=device,
+        bf16=torch.is_autocast_enabled(device),
+        recompute=has.get("recompute", False),
+        offload=has.get("offload", False),
+    )
+
+
+def table(job: Job) -> str:
+    """The terms of each moment, a term a line, and their sums at the end."""
+    found = {moment: terms | {"in all": sum(terms.values())} for moment, terms in moments(job).items()}
+    unit = "GiB" if need(job) >= 2**30 else "MiB"
+    lines = [f"{unit} a rank".ljust(14) + "".join(f"{moment:>17}" for moment in found)]
+    for name in (*TERMS, "in all"):
+        values = [terms.get(name, 0) for terms in found.values()]
+        numbers = [f"{value / UNITS[unit]:17.2f}" if value else " " * 17 for value in values]
+        lines += [name.ljust(14) + "".join(numbers)] if any(values) else []
+    return "\n".join(lines)
+
+
+def offer(cfg: Any, longest: int, *, held_out: int = 0) -> None:
+    """With --plan: print the table of a script's run and end, with status 0 if it fits and 1 if not.
+
+    Args:
+        cfg, longest, held_out: as for `job_of`.
+    Raises:
+        SystemExit: with --plan.
+    """
+    if not cfg.plan:
+        return
+    job = job_of(cfg, longest, held_out=held_out)
+    found = fits(job)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{table(job)}\n{'it fits' if found.fits else 'it does not fit'}: {found.sentence}", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    raise SystemExit(0 if found.fits else 1)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
