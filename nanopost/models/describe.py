@@ -20,11 +20,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nanopost.models.config import FAMILIES, LlamaConfig, load_config, read_json
-from nanopost.models.header import check_entries
+from nanopost.models.header import check_entries, read_headers, shard_files
 from nanopost.models.heads import HEAD, ScoreModel
 from nanopost.models.llama import Llama
 from nanopost.models.peft import load_adapter, origin, read_adapter
-from nanopost.models.weights import TIED, load_model, read_headers, save_model, shard_files, words
+from nanopost.models.weights import TIED, load_model, save_model, words
 
 
 def describe(folder: str | Path) -> Iterator[str]:

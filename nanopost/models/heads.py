@@ -19,16 +19,10 @@ from torch import Tensor, nn
 
 from nanopost.models.attention import Spans
 from nanopost.models.config import LlamaConfig
+from nanopost.models.fill import fill
+from nanopost.models.header import read_headers
 from nanopost.models.llama import Decoder, Llama
-from nanopost.models.weights import (
-    fill,
-    load_config,
-    load_model,
-    read_headers,
-    read_json,
-    write_config,
-    write_tensors,
-)
+from nanopost.models.weights import load_config, load_model, read_json, write_config, write_tensors
 
 HEAD = "score.weight"
 

@@ -134,13 +134,14 @@ def read_again(model: Llama, plain: dict[str, Tensor], folder: Path, *, base: Pa
     if model.config.tie_word_embeddings:
         trained.lm_head.weight = trained.model.embed_tokens.weight
     dtype, ids = trained.lm_head.weight.dtype, torch.arange(3, 35)[None] % model.words
-    logits, wanted = load_model(folder, dtype=dtype)(ids), trained(ids)[..., : model.words]
+    logits, wanted = load_model(folder, dtype=dtype, whole=True)(ids), trained(ids)[..., : model.words]
     if not torch.equal(logits, wanted):
         raise ValueError(f"{folder}: read again, its logits are {(logits - wanted).abs().max():.2g} away")
     told, most = "read again: the same logits", float(logits.abs().max())
     if adapter := adapter_of(model):
         quantised = any(isinstance(module, NF4Linear) for module in model.modules())
-        beside = load_model(base, dtype=dtype, four_bits=adapter.targets if quantised else ())
+        four_bits = adapter.targets if quantised else ()
+        beside = load_model(base, dtype=dtype, four_bits=four_bits, whole=True)
         away = float((load_adapter(beside, folder / "adapter")(ids) - logits).abs().max())
         if not away <= 0.05 * most:  # autocast's bfloat16 rounds by a hundredth
             raise ValueError(
