@@ -40,7 +40,7 @@ def full_state(model: nn.Module) -> Tensors:
     Args:
         model: as built or sharded; all ranks call, because each has a part to give.
     Returns:
-        Tensors by name, to be written at once: they may share the model's memory. Other ranks than 0 get none.
+        Tensors by name, to be written at once: they may share the model's memory. Ranks but 0 get none.
     """
     gathered = ((name, _full(tensor)) for name, tensor in _state(model).items())
     return {name: tensor for name, tensor in gathered if _is_main()}
