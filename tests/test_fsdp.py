@@ -30,8 +30,10 @@ DOUBLE = {"dtype": torch.float64}
 KINDS: dict[str, Callable[..., nn.Module]] = {
     "policy": load_model,
     "tied": lambda folder, **how: load_model(folder.with_name("tied"), **how),
-    "adapter": lambda folder, **how: adapt(load_model(folder, **how), ADAPTER, seed=1),
-    "four bits": lambda folder, **how: adapt(load_model(folder, **FOUR_BITS, **how), ADAPTER, seed=1),
+    "adapter": lambda folder, **how: adapt(load_model(folder, **how), ADAPTER, seed=1, base=folder),
+    "four bits": lambda folder, **how: adapt(
+        load_model(folder, **FOUR_BITS, **how), ADAPTER, seed=1, base=folder
+    ),
     "critic": lambda folder, **how: load_score_model(folder, labels=1, **how),
     "actor with critic": load_actor_critic,
     "random": lambda folder, **how: random_model(folder, seed=3, **how),
@@ -39,7 +41,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
 SCORES: dict[str, Callable[..., nn.Module]] = {
     "score model": load_score_model,
     "score model with its adapter": lambda folder, **how: adapt(
-        load_score_model(folder, **how), LoRA(lora_from=folder.with_name("adapter")), seed=1
+        load_score_model(folder, **how), LoRA(lora_from=folder.with_name("adapter")), seed=1, base=folder
     ),
 }
 
@@ -55,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     judge.score.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     options = {"stop_ids": (1,), "labels": ["a", "b"]}
     save_score_model(judge.config, judge.state_dict(), folder / "score", **options)
-    adapt(judge, ADAPTER, seed=2)
+    adapt(judge, ADAPTER, seed=2, base=folder / "score")
     for name, parameter in judge.named_parameters():
         if parameter.requires_grad:
             parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
@@ -135,7 +137,7 @@ def peak_of(act: Callable[[], Any]) -> tuple[int, Any]:
 def peaks(folder: str) -> dict[str, int]:
     """Bytes at the peak of loading each kind of model, and of gathering its weights to be saved."""
     found, model = dict[str, int](), distributed.shard(small_llama(tied=False))  # libraries' own memory first
-    for name in ("policy", "adapter", "four bits", "critic", "random"):
+    for name in ("policy", "adapter", "critic", "random"):
         load, model = KINDS[name], None
         found[name], model = peak_of(lambda load=load: distributed.shard(load(Path(folder))))
     found["save"], _ = peak_of(lambda: checkpoint.full_state(model))
@@ -148,8 +150,7 @@ def test_no_rank_has_the_whole_model_in_memory(tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 4000}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
     model = random_model(tiny_folder(tmp_path, dtype=torch.bfloat16, **shape, **heads), seed=0)
-    whole, largest = sum(p.nbytes for p in model.parameters()), max(p.nbytes for p in model.parameters())
-    blocks = sum(p.nbytes for p in model.model.layers.parameters())
+    whole = sum(p.nbytes for p in model.parameters())
     halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     save_model(model.config, halves, tmp_path, stop_ids=(1,))
     del model, halves
@@ -157,9 +158,6 @@ def test_no_rank_has_the_whole_model_in_memory(tmp_path: Path) -> None:
     for name in ("policy", "adapter", "critic", "random"):
         for rank in told:
             assert whole / 3 < rank[name] < 0.7 * whole, (name, told)
-    codes, working = blocks / 7, 2 * largest + 10 * 4 * 2**18
-    for rank in told:  # half of it: the file's own pages, which the system may drop
-        assert codes < rank["four bits"] < codes + whole / 2 + working < 0.9 * whole, told
     assert told[0]["save"] > 0.9 * whole > 0.5 * whole > told[1]["save"]
 
 
