@@ -154,7 +154,7 @@ def test_a_rank_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         f"import signal; from nanopost import distributed; distributed.setup(); {hang}; distributed.barrier()"
     )
     with pytest.raises(AssertionError, match=r"rank 0 has lost another rank: .* within 0\.5 s"):
-        run_script(["-c", program], ranks=2, limit=30)
+        run_script(["-c", program], ranks=2, limit=20)
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "soon", "nan"])
