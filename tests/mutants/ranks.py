@@ -28,7 +28,7 @@ MUTANTS = [
     Mutant(
         name="head-of-the-base-in-the-place-of-the-adapters",
         source="our own",
-        story="A head that is not read yet takes a copy of the adapter's for nothing: the base's comes later.",
+        story="A head that is not read yet takes a copy of the adapter's for nothing: the base's follows.",
         file="nanopost/models/peft.py",
         before="named[name].read = lambda low, high, head=tensor: head[low:high]",
         after="named[name].copy_(tensor)",
