@@ -112,7 +112,7 @@ def settle(cfg: Config) -> Config:
 def main(cfg: Config) -> None:
     # ---- 2 Process group, seeds, run directory -------------------------------------------------------------
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    distributed.setup()
+    distributed.setup(cfg)
     device, ranks = distributed.device(), distributed.world_size()
     cfg, chat, records = settle(cfg), load_chat(cfg.model), read_jsonl(cfg.data)
     if cfg.batch_size % ranks:

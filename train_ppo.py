@@ -84,7 +84,7 @@ class Config(LoRA, config.Machine):
 def main(cfg: Config) -> None:
     # ---- 2 Process group, seeds, run directory -------------------------------------------------------------
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    distributed.setup()
+    distributed.setup(cfg)
     device, ranks = distributed.device(), distributed.world_size()
     clips = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     variant = choose("ppo", critic=True, beta=cfg.beta, **clips)

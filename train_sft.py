@@ -57,7 +57,7 @@ class Config(LoRA, config.Machine):
 def main(cfg: Config) -> None:
     # ---- 2 Process group, seeds, run directory -------------------------------------------------------------
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    distributed.setup()
+    distributed.setup(cfg)
     device, ranks = distributed.device(), distributed.world_size()
     config.at_least(cfg, batch_size=1, micro_batch=1, steps=0)
     if not cfg.epochs > 0:

@@ -40,9 +40,10 @@ def full_state(model: nn.Module) -> Tensors:
     Args:
         model: as built or sharded; all ranks call, because each has a part to give.
     Returns:
-        Tensors by name, to be written at once: on one process they share the model's memory.
+        Tensors by name, to be written at once: they may share the model's memory. Ranks but 0 get none.
     """
-    return {name: _full(tensor) for name, tensor in _state(model).items()}
+    gathered = ((name, _full(tensor)) for name, tensor in _state(model).items())
+    return {name: tensor for name, tensor in gathered if _is_main()}
 
 
 def save_state(

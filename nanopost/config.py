@@ -21,6 +21,9 @@ class Machine:
     accept: str = ""  # what may have changed since the run began, names with commas: data,lr
     plan: bool = False  # tell what memory this takes and whether it fits, and end
     threads: int = 0  # CPU threads; 0: torch's choice; 1 is fastest for tiny models
+    recompute: bool = False  # blocks' activations are computed again in backward, and not kept
+    offload: bool = False  # weights, gradients and moments wait in host memory
+    replicas: int = 1  # groups of ranks that each hold a whole model: as many as there are nodes
 
 
 def at_least(cfg: Any, why: str = "", /, **least: float) -> None:

@@ -1,62 +1,86 @@
-"""FSDP2 in a dozen functions, each the identity on one process.
+"""The processes of a run: how they begin and leave together, and numbers over all of them.
 
-A script calls them without asking how many ranks there are. Under torchrun every rank holds a shard of each
-parameter (`fully_shard`, one group a decoder block and one for the rest); gradients are *summed* over ranks,
-never averaged, because losses are divided by the denominator of the whole optimiser step before backward. So
-the number of ranks cannot change the gradient. Gloo on CPU, NCCL on CUDA (with gloo beside it for Python
-numbers).
-
-Sampling needs care: ranks decode different numbers of tokens, so a collective inside a forward pass would
-hang. `gathered` puts all weights in place first and keeps them there until its block ends.
+A script calls these without asking how many ranks there are: each is the identity on one process. Under
+torchrun the ranks talk over Gloo on CPU, over NCCL on CUDA (with gloo beside it for Python numbers). What
+FSDP2 does to a model is in `fsdp.py`, under the same names here.
 """
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
 from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from nanopost import fsdp
+from nanopost.fsdp import bf16, device, gathered, shard
+
+__all__ = [
+    "all_sum", "barrier", "bf16", "device", "due", "gathered", "is_main", "join_rows", "leave_if_asked",
+    "main_print", "rank", "setup", "shard", "shard_rows", "teardown", "world_size",
+]  # fmt: skip
 
 T = TypeVar("T")
 EXITS, _asked = {signal.SIGTERM: 143, signal.SIGINT: 130}, set[int]()  # signals to leave, and those noted
-M = TypeVar("M", bound=nn.Module)
-METHODS = ("logps", "next_logits", "values", "scores")  # what a model can be asked beside its forward pass
+# What gloo and NCCL say when a peer's connection is gone, or when it has not come within the time.
+LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "timeout")
 
 
-def bf16() -> bool:
-    """Whether products are in bfloat16: on a GPU unless NANOPOST_BF16=0, on a CPU if NANOPOST_BF16=1.
-
-    Raises:
-        ValueError: the variable is neither 0 nor 1.
-    """
-    value = os.environ.get("NANOPOST_BF16", "1" if torch.cuda.is_available() else "0")
-    if value not in ("0", "1"):
-        raise ValueError(f"NANOPOST_BF16 must be 0 or 1, got {value!r}")
-    return value == "1"
-
-
-def setup() -> None:
+def setup(machine: Any = None) -> None:
     """Join the process group that torchrun announces (nothing to do on one process), and set the precision.
 
     With `bf16` this process multiplies in bfloat16 from here on (autocast). Weights, optimiser, norms and
     losses stay in float32; sampler and trainer then agree to the rounding of bfloat16, no further.
+
+    A rank that dies makes the others fail in their next exchange: at once where its connection closes, and
+    after NANOPOST_TIMEOUT seconds (120 if unset) where it hangs; they say so and end with 1.
+
+    Args:
+        machine: a configuration with the flags recompute, offload and replicas (`fsdp.choose`), or none.
+    Raises:
+        ValueError: as `fsdp.choose`; NANOPOST_TIMEOUT is no number above 0.
     """
     torch.set_autocast_dtype(device().type, torch.bfloat16)
     torch.set_autocast_enabled(device().type, bf16())
     torch.set_autocast_cache_enabled(False)  # it would keep the weights of the first step
     for number in EXITS if threading.current_thread() is threading.main_thread() else ():
         signal.signal(number, _note)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    places = {name: getattr(machine, name) for name in ("recompute", "offload", "replicas") if machine}
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several or places.get("offload"):
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        alone: dict[str, Any] = {} if several else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=_patience()), **alone)
+        sys.excepthook = _last_words
+    fsdp.choose(**places)
+
+
+def _patience() -> float:
+    """Seconds that a rank waits for the others."""
+    value = os.environ.get("NANOPOST_TIMEOUT", "120")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise ValueError(f"NANOPOST_TIMEOUT must be a number of seconds above 0, got {value!r}")
+    return seconds
+
+
+def _last_words(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Behind the traceback of a rank that was left alone, what it means and what to do."""
+    sys.__excepthook__(kind, error, trace)
+    if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in LOST):
+        why = f"rank {rank()} has lost another rank: that one died, or did not come within {_patience():g} s"
+        print(f"{why}; start all ranks again with --resume", file=sys.stderr, flush=True)
 
 
 def _note(number: int, _: Any) -> None:
@@ -100,75 +124,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that prints and writes (rank 0)."""
     return rank() == 0
-
-
-def device() -> torch.device:
-    """Where this process computes: its own GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
-def shard(model: M) -> M:
-    """Move a model to `device()` and shard its parameters over all ranks, block by block, in place.
-
-    Args:
-        model: the same weights on every rank, decoder blocks in `model.model.layers`; those of METHODS that
-            it has become ways to run it beside the forward pass.
-    Returns:
-        The same model; sharded already, it stays as it is. Gradients after backward are sums over ranks.
-        Outside a forward or backward pass and outside `gathered`, its parameters are DTensors: build the
-        optimiser after this call.
-    Every rank must run the same number of forward and backward passes, with or without supervised tokens.
-    """
-    model = model if isinstance(model, FSDPModule) else model.to(device())
-    if world_size() == 1 or isinstance(model, FSDPModule):
-        return model
-    mesh = init_device_mesh(device().type, (world_size(),))
-    blocks: list[Any] = list(model.model.layers)  # type: ignore[union-attr, arg-type]
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # The root frees its weights too: for one gather more, nothing stale can outlive an optimiser step.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    for module in _units(model):  # the setters are not recursive; gloo cannot scale inside a reduction
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    for name in METHODS:
-        if hasattr(model, name):
-            setattr(model, name, _copied(getattr(model, name)))
-            register_fsdp_forward_method(model, name)
-    return model
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """Hold all weights on every rank while the block runs, so that forward passes need no other rank.
-
-    Args:
-        model: sharded by `shard`, or any model on one process. All ranks enter and leave together; inside,
-            each may run as many forward passes as it likes, none included. No backward inside.
-    Yields:
-        The same model.
-    """
-    for module in _units(model):
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield model
-    finally:
-        for module in _units(model):
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
-
-
-def _copied(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """FSDP hangs its backward hook on the output, and a view could lose it: hand out a copy."""
-    return lambda *args, **kwargs: method(*args, **kwargs).clone()
-
-
-def _units(model: nn.Module) -> list[FSDPModule]:
-    """Every module that FSDP shards on its own, the root first; empty on one process."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @overload
@@ -245,6 +200,8 @@ def teardown() -> None:
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
+        sys.excepthook = sys.__excepthook__
+        fsdp.choose()
         # Gloo's threads let go of their last tensors with Python's lock; an interpreter that is already
         # leaving would abort them. The model keeps them alive, so no call joins them: give them a moment.
         time.sleep(0.1)

@@ -72,12 +72,16 @@ def _become_python(folder: Path, command: list[str], environment: dict[str, str]
         del os.environ[name]
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    if command[0] == "-c":
-        sys.argv = ["-c", *command[2:]]
-        exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
-    else:
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
+    try:
+        if command[0] == "-c":
+            sys.argv = ["-c", *command[2:]]
+            exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")
+    except Exception:  # as the interpreter does; multiprocessing has a way of its own
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 def _enter(folder: Path, environment: dict[str, str], printed: str) -> None:

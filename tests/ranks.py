@@ -14,7 +14,8 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,58 @@ def run_script(command: Sequence[str], *, ranks: int, limit: float = LIMIT) -> s
     return _run([list(command)] * ranks, limit)[0]
 
 
-def _run(commands: list[list[str]], limit: float) -> list[str]:
+def run_until(
+    said: str,
+    command: Sequence[str],
+    *,
+    ranks: int,
+    then: Callable[[list[int]], object],
+    limit: float = LIMIT,
+) -> tuple[int | None, str]:
+    """Run `python command...` on every rank; once rank 0 has said something, do something to the ranks.
+
+    Args:
+        then: gets the ranks' process ids.
+    Returns:
+        Rank 0's exit status, None if it has not left in the time, and what it printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes, logs = _start([list(command)] * ranks, Path(folder))
+        end = time.monotonic() + limit
+        while said not in logs[0].read_text(encoding="utf-8") and processes[0].is_alive():
+            assert time.monotonic() < end, logs[0].read_text(encoding="utf-8")
+            time.sleep(0.02)
+        then([process.pid or 0 for process in processes])
+        processes[0].join(max(0.0, end - time.monotonic()))
+        code = processes[0].exitcode
+        _end(processes)
+        return code, logs[0].read_text(encoding="utf-8", errors="replace")
+
+
+def _start(commands: list[list[str]], folder: Path) -> tuple[list[BaseProcess], list[Path]]:
+    """A process a rank, and the file that it prints to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    processes, logs = [], [folder / f"{rank}.log" for rank in range(len(commands))]
+    for rank, (command, log) in enumerate(zip(commands, logs, strict=True)):
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(len(commands))}
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
+        log.touch()
+        environment = {**os.environ, **env}
+        processes.append(start_python(ROOT, command, environment=environment, printed=str(log)))
+    return processes, logs
+
+
+def _end(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def _run(commands: list[list[str]], limit: float) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
-        processes, logs = [], [Path(folder) / f"{rank}.log" for rank in range(len(commands))]
-        for rank, (command, log) in enumerate(zip(commands, logs, strict=True)):
-            env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(len(commands))}
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
-            log.touch()
-            environment = {**os.environ, **env}
-            processes.append(start_python(ROOT, command, environment=environment, printed=str(log)))
+        processes, logs = _start(commands, Path(folder))
         codes: list[int | None] = []
         end = time.monotonic() + limit
         while time.monotonic() < end:
@@ -70,9 +111,7 @@ def _run(commands: list[list[str]], limit: float) -> list[str]:
             if None not in codes or any(codes):
                 break
             time.sleep(0.02)
-        for process in processes:  # after a failure or the limit the others wait for a rank that is gone
-            process.kill()
-            process.join()
+        _end(processes)  # after a failure or the limit the others wait for a rank that is gone
         outputs = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
     if any(code != 0 for code in codes):
         tails = "\n".join(

@@ -48,12 +48,13 @@ def test_a_state_goes_from_1_to_2_to_4_ranks_and_back(tmp_path):
     checkpoint.save_state(folders[0], 3, model, optimizer)
     want = {name: tensor.tolist() for name, tensor in model.state_dict().items() if name != "frozen"}
     for source, target, ranks in ((folders[0], folders[1], 2), (folders[1], folders[2], 4)):
-        for found in run_function(__name__, "pass_on", ranks=ranks, args=(source, target)):
-            assert (
-                found["step"] == 3
-                and {**found["whole"], "head.weight": want["head.weight"]}.keys() >= want.keys()
-            )
-            assert all(found["whole"][name] == x for name, x in want.items() if name in found["whole"])
+        found, *others = run_function(__name__, "pass_on", ranks=ranks, args=(source, target))
+        assert found["step"] == 3
+        assert {**found["whole"], "head.weight": want["head.weight"]}.keys() >= want.keys()
+        assert all(found["whole"][name] == x for name, x in want.items() if name in found["whole"])
+        assert all(
+            other == {"step": 3, "whole": {}} for other in others
+        )  # rank 0 alone keeps what it gathers
         names = [path.name for path in (Path(target) / "state/step_000003").glob("*.safetensors")]
         numbers = [f"-{rank:05d}-of-{ranks:05d}" for rank in range(1, ranks + 1)]
         assert sorted(names) == sorted(f"{x}{n}.safetensors" for x in ("model", "optimizer") for n in numbers)

@@ -14,6 +14,7 @@ from nanopost.data.schema import Record, Sample
 from nanopost.distributed import main_print
 from nanopost.evals.rollouts import completion_scores
 from nanopost.evals.verifier import Verifier
+from nanopost.models.header import read_headers
 from nanopost.models.heads import (
     HEAD,
     ActorCritic,
@@ -24,7 +25,7 @@ from nanopost.models.heads import (
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import add_adapter
 from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers
-from nanopost.models.weights import load_config, read_headers
+from nanopost.models.weights import load_config
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.types import Rollout
 

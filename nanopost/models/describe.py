@@ -21,11 +21,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nanopost.models.config import FAMILIES, LlamaConfig, load_config, read_json
-from nanopost.models.header import check_entries
+from nanopost.models.header import check_entries, read_headers, shard_files
 from nanopost.models.heads import HEAD, ScoreModel, load_either, save_score_model
 from nanopost.models.llama import Llama
 from nanopost.models.peft import load_adapter, origin, read_adapter
-from nanopost.models.weights import TIED, read_headers, save_model, shard_files, words
+from nanopost.models.weights import TIED, save_model, words
 
 
 def describe(folder: str | Path) -> Iterator[str]:

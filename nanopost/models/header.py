@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from nanopost.models.config import read_json
+
 SIZES = {  # bytes a number; the dtypes that weights of a decoder have
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
 }  # fmt: skip
@@ -57,6 +59,43 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: the one, or those its index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(f"{folder}: neither {single.name} nor {index.name}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map")
+    names = sorted(set(weight_map.values()))
+    if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(f"{index}: a shard must be a file name in the same folder, got {bad[0]!r}")
+    return [folder / name for name in names]
+
+
+def read_headers(folder: str | Path) -> dict[str, Entry]:
+    """What the headers of a folder's files say, no number read.
+
+    Raises:
+        ValueError: what `read_header` refuses; a tensor in two files, or not where the index has it.
+    """
+    folder, entries = Path(folder), dict[str, Entry]()
+    files, index = shard_files(folder), folder / "model.safetensors.index.json"
+    places = {} if files == [folder / "model.safetensors"] else read_json(index)["weight_map"]
+    for path in files:
+        found = read_header(path)
+        if twice := sorted(set(found) & set(entries)):
+            raise ValueError(f"{path}: {twice[0]} stands in another shard too")
+        if places and (strange := sorted(name for name in found if places.get(name) != path.name)):
+            raise ValueError(f"{path}: {strange[0]} is not where {index.name} has it")
+        entries |= found
+    if places and (gone := sorted(set(places) - set(entries))):
+        raise ValueError(f"{index}: {gone[0]} is in no shard")
+    return entries
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,16 +19,10 @@ from torch import Tensor, nn
 
 from nanopost.models.attention import Spans
 from nanopost.models.config import LlamaConfig
+from nanopost.models.fill import fill
+from nanopost.models.header import read_headers
 from nanopost.models.llama import Decoder, Llama
-from nanopost.models.weights import (
-    fill,
-    load_config,
-    load_model,
-    read_headers,
-    read_json,
-    write_config,
-    write_tensors,
-)
+from nanopost.models.weights import load_config, load_model, read_json, write_config, write_tensors
 
 HEAD = "score.weight"
 
@@ -95,6 +89,7 @@ def load_score_model(
     labels: int | None = None,
     dtype: torch.dtype = torch.float32,
     four_bits: Collection[str] = (),
+    whole: bool = False,
 ) -> ScoreModel:
     """Read a score model's folder, or a language model's: its trunk, with a head of zeros.
 
@@ -102,14 +97,14 @@ def load_score_model(
         folder: in hub format; it holds a score model iff it has the tensor `score.weight`.
         labels: how many scores; None: as many as a score model has, 1 on a language model.
         dtype: of the weights in memory.
-        four_bits: as for `load_model`.
+        four_bits, whole: as for `load_model`.
 
     Raises:
         ValueError: what `load_model` refuses; a score model with another number of labels.
     """
     config, entries = load_config(folder), read_headers(folder)
     if HEAD not in entries:
-        trunk = load_model(folder, dtype=dtype, four_bits=four_bits).model
+        trunk = load_model(folder, dtype=dtype, four_bits=four_bits, whole=whole).model
         with torch.device("meta"):
             model = ScoreModel(config, 1)
         model.model, model.score = trunk, zero_head(config, labels or 1, dtype=dtype)
@@ -121,7 +116,7 @@ def load_score_model(
         raise ValueError(f"{folder}: {HEAD} has {found} rows, config.json names {named} labels{wanted}")
     with torch.device("meta"):
         model = ScoreModel(config, found)
-    return fill(model, folder, dtype=dtype, four_bits=four_bits)
+    return fill(model, folder, dtype=dtype, four_bits=four_bits, whole=whole)
 
 
 def load_either(
@@ -131,10 +126,10 @@ def load_either(
     dtype: torch.dtype = torch.float32,
     four_bits: Collection[str] = (),
 ) -> Llama | ScoreModel:
-    """A language model where `scores` is 0, else a score model with so many: what an export was."""
+    """A language model where `scores` is 0, else a score model with so many: an export, whole on this rank."""
     if not scores:
-        return load_model(folder, dtype=dtype, four_bits=four_bits)
-    return load_score_model(folder, labels=scores, dtype=dtype, four_bits=four_bits)
+        return load_model(folder, dtype=dtype, four_bits=four_bits, whole=True)
+    return load_score_model(folder, labels=scores, dtype=dtype, four_bits=four_bits, whole=True)
 
 
 def save_score_model(

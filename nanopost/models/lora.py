@@ -177,7 +177,8 @@ class LoRALinear(nn.Module):
         self.scale = lora_scale(rank, alpha=alpha, rank_stabilised=rank_stabilised)
         self.base = base.requires_grad_(False)
         weight = base.weight
-        dtype, device = wide(weight).dtype, weight.device
+        dtype = wide(weight).dtype
+        device = "cpu" if weight.is_meta else weight.device  # the base may not be read yet, they are made now
         # Drawn on the CPU: the same on every device.
         lora_A = torch.empty(rank, base.in_features, dtype=dtype)
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)  # within ±1/√in

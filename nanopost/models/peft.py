@@ -179,5 +179,8 @@ def load_adapter(model: M, folder: str | Path) -> M:
     named = dict(add_adapter(model, adapter, seed=0).named_parameters())
     with torch.no_grad():
         for name, tensor in factors.items():
-            named[name].copy_(tensor)
+            if named[name].is_meta:  # a score head, not read yet (`fill.py`): it is the adapter's
+                named[name].read = lambda low, high, head=tensor: head[low:high]  # type: ignore[attr-defined]
+            else:
+                named[name].copy_(tensor)
     return model

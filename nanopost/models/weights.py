@@ -12,57 +12,15 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanopost.models.config import LlamaConfig, load_config, read_json, write_config
-from nanopost.models.header import Entry, check_entries, read_header
+from nanopost.models.fill import EMBEDDING, TIED, draw_later, fill, several_ranks
+from nanopost.models.header import shard_files
 from nanopost.models.llama import Llama
-from nanopost.models.nf4 import NF4Linear
-
-TIED, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-M = TypeVar("M", bound=nn.Module)
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the one, or those its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise ValueError(f"{folder}: neither {single.name} nor {index.name}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: no weight_map")
-    names = sorted(set(weight_map.values()))
-    if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ValueError(f"{index}: a shard must be a file name in the same folder, got {bad[0]!r}")
-    return [folder / name for name in names]
-
-
-def read_headers(folder: str | Path) -> dict[str, Entry]:
-    """What the headers of a folder's files say, no number read.
-
-    Raises:
-        ValueError: what `read_header` refuses; a tensor in two files, or not where the index has it.
-    """
-    folder, entries = Path(folder), dict[str, Entry]()
-    files, index = shard_files(folder), folder / "model.safetensors.index.json"
-    places = {} if files == [folder / "model.safetensors"] else read_json(index)["weight_map"]
-    for path in files:
-        found = read_header(path)
-        if twice := sorted(set(found) & set(entries)):
-            raise ValueError(f"{path}: {twice[0]} stands in another shard too")
-        if places and (strange := sorted(name for name in found if places.get(name) != path.name)):
-            raise ValueError(f"{path}: {strange[0]} is not where {index.name} has it")
-        entries |= found
-    if places and (gone := sorted(set(places) - set(entries))):
-        raise ValueError(f"{index}: {gone[0]} is in no shard")
-    return entries
 
 
 def content_id(paths: Iterable[Path]) -> str:
@@ -79,63 +37,20 @@ def weights_id(folder: str | Path) -> str:
     return content_id(shard_files(Path(folder)))[:32]
 
 
-def fill(
-    model: M, folder: str | Path, *, dtype: torch.dtype, tied: bool = False, four_bits: Collection[str] = ()
-) -> M:
-    """Give a model on the meta device exactly the tensors of a folder, cast to `dtype`.
-
-    The headers are checked before a number is read. Tensors are read one at a time: what is cast or quantised
-    never stands in memory twice, but for the one in hand.
-
-    Args:
-        tied: the head is the embedding, and need not be in the file.
-        four_bits: last names of layers that become `NF4Linear`.
-
-    Raises:
-        ValueError: naming the file or folder, and the tensor that is missing, unknown or of another shape;
-            `tied`, and a head of its own in the file that differs from the embedding.
-    """
-    entries, wanted = read_headers(folder), {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    if tied and TIED not in entries:
-        del wanted[TIED]
-    check_entries(entries, wanted, folder)
-    tensors: dict[str, Tensor] = {}
-    for path in shard_files(Path(folder)):
-        for name, tensor in _read(path, dtype):
-            layer, _, kind = name.rpartition(".")
-            if kind == "weight" and layer.split(".")[-1] in four_bits:
-                bias = model.get_submodule(layer).bias
-                model.set_submodule(layer, NF4Linear(tensor, bias))  # type: ignore[arg-type]
-            else:  # a view of the file would keep all of it mapped
-                tensors[name] = tensor.clone() if four_bits else tensor
-    if tied and TIED not in entries:
-        tensors[TIED] = tensors[EMBEDDING]
-    elif tied and not torch.equal(tensors[TIED], tensors[EMBEDDING]):
-        raise ValueError(
-            f"{folder}: config.json ties the head to the embedding, but {TIED} differs from it: "
-            "delete the tensor to keep the embedding, or set tie_word_embeddings to false to keep both"
-        )
-    model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_(True)
-
-
-def _read(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file, one at a time."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                yield name, file.get_tensor(name).to(dtype)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, four_bits: Collection[str] = ()
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    four_bits: Collection[str] = (),
+    whole: bool = False,
 ) -> Llama:
     """Read a folder of one of the families into a `Llama`, cast to `dtype`.
 
+    On several ranks its parameters have no numbers before it is sharded (`fill.py`), unless `whole`.
+
     Args:
         four_bits: last names of layers whose weights are kept in NF4, frozen (`nf4.py`).
+        whole: as for `fill`.
 
     Raises:
         ValueError: what `load_config`, `read_headers`, `fill` and `words` refuse.
@@ -144,7 +59,7 @@ def load_model(
     with torch.device("meta"):
         model = Llama(config)
     tied = config.tie_word_embeddings
-    model = fill(model, folder, dtype=dtype, tied=tied, four_bits=four_bits)
+    model = fill(model, folder, dtype=dtype, tied=tied, four_bits=four_bits, whole=whole)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.words = words(folder, config)
@@ -174,22 +89,34 @@ def words(folder: str | Path, config: LlamaConfig) -> int:
 
 @torch.no_grad()
 def random_model(folder: str | Path, *, seed: int, dtype: torch.dtype = torch.float32) -> Llama:
-    """A `Llama` of the folder's `config.json` with seeded random weights.
+    """A `Llama` of the folder's `config.json` with seeded random weights; on several ranks, see `fill.py`.
 
     Embeddings N(0, 0.02²); other matrices N(0, 1/fan-in), so that narrow models start as lively as wide
     ones; the projections into the residual stream divided by √(2 · layers) (Radford et al. 2019, §2.3);
     norms 1, biases 0.
     """
     config = load_config(folder)
-    model, generator = Llama(config).to(dtype), torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        std = 0.02 if name == "model.embed_tokens.weight" else parameter.shape[1] ** -0.5
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= math.sqrt(2 * config.num_hidden_layers)
-        parameter.normal_(0.0, std, generator=generator)
+    with torch.device("meta" if several_ranks() else "cpu"):
+        model = Llama(config).to(dtype)
+    shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
+
+    def draw() -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in shapes:
+            tensor = torch.empty(shape, dtype=dtype)
+            if len(shape) == 1:
+                yield tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = 0.02 if name == EMBEDDING else shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * config.num_hidden_layers)
+            yield tensor.normal_(0.0, std, generator=generator)
+
+    if several_ranks():
+        draw_later(model, draw())
+    else:
+        for parameter, tensor in zip(model.parameters(), draw(), strict=True):
+            parameter.copy_(tensor)
     model.words = words(folder, config)
     return model
 

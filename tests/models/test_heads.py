@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from nanopost import distributed, optim
 from nanopost.data.collate import pad_ids
-from nanopost.models import weights
+from nanopost.models import fill
 from nanopost.models.heads import (
     ActorCritic,
     ScoreModel,
@@ -64,7 +64,7 @@ def test_a_language_model_gets_a_head_of_zeros(tmp_path, tied):
 def test_a_language_models_file_is_read_once(tmp_path, monkeypatch):
     language_model(tmp_path)
     read: list[Path] = []
-    monkeypatch.setattr(weights, "safe_open", lambda path, **how: read.append(path) or safe_open(path, **how))
+    monkeypatch.setattr(fill, "safe_open", lambda path, **how: read.append(path) or safe_open(path, **how))
     load_score_model(tmp_path, labels=2)
     assert read == [tmp_path / "model.safetensors"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanopost.models import weights
+from nanopost.models import fill
 from nanopost.models.attention import attend, layout
 from nanopost.models.config import load_config, write_config
 from nanopost.models.rope import RopeScaling
@@ -194,7 +194,7 @@ def test_a_head_that_contradicts_tied_embeddings_is_refused(tmp_path):
 
 def test_what_is_refused_is_refused_before_a_number_is_read(tmp_path, monkeypatch):
     folder = broken(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}))
-    monkeypatch.setattr(weights, "safe_open", None)
+    monkeypatch.setattr(fill, "safe_open", None)
     with pytest.raises(ValueError, match=r"model.norm.weight has shape \(3,\), config.json says \(20,\)"):
         load_model(folder)
 

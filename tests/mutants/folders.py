@@ -2,7 +2,7 @@
 
 from tests.mutants.mutant import Mutant
 
-HEADER, WEIGHTS, LLAMA = "nanopost/models/header.py", "nanopost/models/weights.py", "nanopost/models/llama.py"
+HEADER, FILL, LLAMA = "nanopost/models/header.py", "nanopost/models/fill.py", "nanopost/models/llama.py"
 MARKERS, CHAT = "nanopost/data/markers.py", "nanopost/data/chat.py"
 TEST_HEADER, TEST_WEIGHTS = "tests/models/test_header.py", "tests/models/test_weights.py"
 TEST_MARKERS, TEST_CHAT = "tests/data/test_markers.py", "tests/data/test_chat.py"
@@ -39,7 +39,7 @@ MUTANTS = [
         name="index-not-held-against-the-shards",
         source="our own",
         story="Shards of two models in one folder: whichever file has a name gives the weight.",
-        file=WEIGHTS,
+        file=HEADER,
         before="places.get(name) != path.name",
         after="name not in places",
         killer=f"{TEST_WEIGHTS}::test_an_index_and_its_shards_must_agree",
@@ -48,9 +48,9 @@ MUTANTS = [
         name="tied-in-the-config-and-not-in-the-file",
         source="transformers#30202",
         story="The file's own head is dropped for the embedding, and the model is another one.",
-        file=WEIGHTS,
-        before="not torch.equal(tensors[TIED], tensors[EMBEDDING])",
-        after="not torch.equal(tensors[TIED], tensors[TIED])",
+        file=FILL,
+        before="return torch.equal(tensors[TIED], tensors[EMBEDDING])",
+        after="return torch.equal(tensors[TIED], tensors[TIED])",
         killer=f"{TEST_WEIGHTS}::test_a_head_that_contradicts_tied_embeddings_is_refused",
     ),
     Mutant(

@@ -7,7 +7,7 @@ HEADS, COLLATE, ROLLOUTS = (
     "nanopost/data/collate.py",
     "nanopost/evals/rollouts.py",
 )
-AUDIT, SCRIPT, DISTRIBUTED = "nanopost/evals/audit.py", "train_reward.py", "nanopost/distributed.py"
+AUDIT, SCRIPT, FSDP = "nanopost/evals/audit.py", "train_reward.py", "nanopost/fsdp.py"
 TEST_HEADS, TEST_AUDIT = "tests/models/test_heads.py", "tests/evals/test_audit.py"
 TEST_SCRIPT, TEST_ROLLOUTS = "tests/scripts/test_train_reward.py", "tests/evals/test_rollouts.py"
 LAST = f"{TEST_HEADS}::test_a_score_is_that_of_the_row_alone_at_its_last_token_whatever_the_padding"
@@ -112,7 +112,7 @@ MUTANTS = [
         name="values-without-their-hook",
         source="our own",
         story="FSDP knows the forward pass and the log-probs only: a critic's values meet sharded weights.",
-        file=DISTRIBUTED,
+        file=FSDP,
         before='"next_logits", "values", "scores")',
         after='"next_logits", "scores")',
         killer=f"{TEST_HEADS}::test_two_ranks_take_the_step_of_one",

@@ -7,7 +7,7 @@ POLICY, ADVANTAGES, CHECKS = (f"nanopost/losses/{room}.py" for room in ("policy"
 RATIO, KL = "nanopost/losses/ratio.py", "nanopost/losses/kl.py"
 TESTS = "tests/losses"
 SFT, TEST_SFT = "train_sft.py", "tests/scripts/test_train_sft.py"
-DISTRIBUTED, TEST_RANKS = "nanopost/distributed.py", "tests/test_distributed.py"
+FSDP, TEST_RANKS = "nanopost/fsdp.py", "tests/test_distributed.py"
 EXACT = f"{TESTS}/test_oracle.py::test_estimator_is_exact"
 
 MUTANTS = [
@@ -38,9 +38,9 @@ MUTANTS = [
         name="divided_by_the_ranks_once_more",
         source="prime-rl#816",
         story="Averaged over ranks, though the loss is over the whole step's tokens: on two it is halved.",
-        file=DISTRIBUTED,
+        file=FSDP,
         before="module.set_gradient_divide_factor(1.0)",
-        after="module.set_gradient_divide_factor(float(world_size()))",
+        after="module.set_gradient_divide_factor(float(dist.get_world_size()))",
         killer=f"{TEST_RANKS}::test_two_ranks_take_the_steps_of_one_process[tied]",
     ),
     Mutant(

@@ -37,7 +37,7 @@ import json, runpy, sys
 from nanopost import distributed
 sys.modules["matplotlib"] = None  # no report
 distributed.setup()
-leave, distributed.setup, distributed.teardown = distributed.teardown, lambda: None, lambda: None
+leave, distributed.setup, distributed.teardown = distributed.teardown, lambda *_: None, lambda: None
 for argv in json.loads(sys.argv[1]):
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")

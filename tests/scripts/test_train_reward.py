@@ -240,7 +240,7 @@ import nanopost.report
 from nanopost import distributed
 nanopost.report.offer_report = lambda run: run
 distributed.setup()
-leave, distributed.setup, distributed.teardown = distributed.teardown, lambda: None, distributed.barrier
+leave, distributed.setup, distributed.teardown = distributed.teardown, lambda *_: None, distributed.barrier
 for sys.argv in json.loads(sys.argv[1]):
     runpy.run_path(sys.argv[0], run_name="__main__")
 leave()

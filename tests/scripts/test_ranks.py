@@ -1,0 +1,166 @@
+"""All six scripts on several ranks: whole steps, sampling and evaluation included, are those of one process.
+
+Every script runs on one process with all rows at once, and on ranks two rows at a time, which leaves an odd
+one. Prompts and completions have unequal lengths, and one rank has no share of the evaluation. Adam divides a
+gradient by its root mean square and ε: where the gradient is zero but for rounding, ε = 1e-8 would make whole
+steps of the rounding. So ε is 1e-3 here, and weights may be compared as closely as gradients.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanopost import metrics
+from nanopost.data.chat import copy_chat, load_chat
+from nanopost.models.heads import load_score_model, save_score_model
+from tests.digits import digit_policy, write_lines
+from tests.ranks import run_script, run_until
+from tests.tiny import hub_folder
+
+TIMES = ("rollout_s", "verify_s", "train_s", "seconds")
+TOLERANCES = {"float64": 1e-13, "float32": 5e-6}
+IN_A_ROW = """
+import inspect, json, runpy, sys
+import torch
+from nanopost import distributed, optim
+from nanopost.models import heads, weights
+sys.modules["matplotlib"] = None  # no report
+dtype, commands = json.loads(sys.argv[1])
+torch.set_default_dtype(getattr(torch, dtype))
+for load in (weights.load_model, weights.random_model, heads.load_score_model, heads.load_actor_critic):
+    inspect.unwrap(load).__kwdefaults__["dtype"] = torch.get_default_dtype()
+optim.adamw.__kwdefaults__["eps"] = 1e-3
+distributed.setup()
+leave, distributed.setup, distributed.teardown = distributed.teardown, lambda *_: None, lambda: None
+for sys.argv in commands:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+leave()
+"""
+Runs = Callable[[str, int], Path]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What each script is told, but for the folder to write to."""
+    folder = tmp_path_factory.mktemp("ranks")
+    model, prompts = digit_policy(folder)
+    tasks = [json.loads(line) for line in prompts.read_text().splitlines()]
+    ask = [task["messages"][0]["content"] for task in tasks]
+    chats = [
+        {"messages": [*task["messages"], {"role": "assistant", "content": "7 is it"[: 1 + i % 7]}]}
+        for i, task in enumerate(tasks)
+    ]
+    pairs = [{"prompt": text, "chosen": "7" + " ok" * (i % 3), "rejected": "3"} for i, text in enumerate(ask)]
+    data = {"chats": chats, "pairs": pairs, "tasks": tasks}
+    paths = {name: write_lines(folder / f"{name}.jsonl", rows[:21]) for name, rows in data.items()}
+    first = {name: write_lines(folder / f"{name}1.jsonl", rows[:1]) for name, rows in data.items()}
+    scorer, other, chat = load_score_model(model), hub_folder(folder / "other", seed=1), load_chat(model)
+    torch.nn.init.normal_(scorer.score.weight, std=0.3, generator=torch.Generator().manual_seed(3))
+    copy_chat(model, folder / "scorer")
+    options = {"stop_ids": chat.stop_ids, "labels": ["good"]}
+    save_score_model(scorer.config, scorer.state_dict(), folder / "scorer", **options)
+    batch = ["--batch-size", 12]
+    rollouts = ["--prompts-per-step", 8, "--group-size", 3, "--max-new-tokens", 6, "--minibatches", 2]
+    rollouts += ["--verifier", "math", "--temperature", 1.3, "--beta", 0.05]
+    told = {
+        "sft": ("chats", batch),
+        "reward": ("pairs", [*batch, "--labels", "pairs", "--margin", 0.1]),
+        "dpo": ("pairs", [*batch, "--ref-model", other, "--sft-weight", 0.1]),
+        "grpo": ("tasks", [*rollouts, "--top-k", 20, "--loss", "reinforce++", "--resample", 1]),
+        "ppo": (
+            "tasks",
+            [*rollouts, "--reward-model", folder / "scorer", "--ref-model", other, "--epochs", 2],
+        ),
+        "distill": ("chats", [*batch, "--mode", "on-policy", "--teacher", other, "--hidden-weight", 0.5]),
+    }
+    told["distill"][1].extend(["--temperature", 1.3, "--max-new-tokens", 6])
+    fixed = ["--model", model, "--steps", 2, "--lr", 3e-3, "--threads", 1]
+    return {
+        name: [str(x) for x in (*fixed, "--data", paths[kind], "--eval-data", first[kind], *own)]
+        for name, (kind, own) in told.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(flags: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The folder with a run of each script, by dtype and ranks; made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(dtype: str, ranks: int) -> Path:
+        out, few = folder / f"{dtype}-{ranks}", ["--micro-batch", "2"] if ranks > 1 else []
+        commands = [[f"train_{name}.py", *own, "--out", str(out / name), *few] for name, own in flags.items()]
+        if not out.exists():
+            run_script(["-c", IN_A_ROW, json.dumps([dtype, commands])], ranks=ranks, limit=240)
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "grpo", "ppo", "distill"])
+@pytest.mark.parametrize(
+    ("dtype", "ranks"),
+    [
+        ("float64", 2),
+        pytest.param("float64", 4, marks=pytest.mark.slow),
+        pytest.param("float32", 2, marks=pytest.mark.slow),
+        pytest.param("float32", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_take_the_steps_of_one_process(runs: Runs, name: str, dtype: str, ranks: int) -> None:
+    one, several = (runs(dtype, n) / name for n in (1, ranks))
+    told, expected = (metrics.read_records(run) for run in (several, one))
+    assert len(told) == 2 and expected[0]["grad_norm"] > 1e-3
+    near = {"rel": TOLERANCES[dtype], "abs": TOLERANCES[dtype]}
+    for ours, theirs in zip(told, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            close = pytest.approx(value, **near) if isinstance(value, float) else value
+            assert key in TIMES or ours[key] == close, key
+    for file in ("model/model.safetensors", *(["critic/model.safetensors"] if name == "ppo" else [])):
+        weights = load_file(several / file)
+        for key, tensor in load_file(one / file).items():
+            assert tensor.dtype == getattr(torch, dtype)
+            torch.testing.assert_close(
+                weights[key], tensor, rtol=near["rel"], atol=near["abs"], msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
+# ---- a rank that is gone
+
+
+def test_a_rank_that_dies_is_told_by_the_others_which_leave(
+    flags: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """SIGKILL, as the kernel does when memory runs out."""
+    command = ["train_sft.py", *flags["sft"], "--steps", "100000", "--out", str(tmp_path / "run")]
+    code, printed = run_until(
+        " 2/100000 ", command, ranks=2, then=lambda pids: os.kill(pids[1], signal.SIGKILL)
+    )
+    assert code == 1
+    assert "rank 0 has lost another rank: that one died, or did not come within 120 s" in printed
+    assert "start all ranks again with --resume" in printed
+
+
+def test_a_rank_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOPOST_TIMEOUT", "0.5")
+    hang = "distributed.rank() and signal.pause()"
+    program = (
+        f"import signal; from nanopost import distributed; distributed.setup(); {hang}; distributed.barrier()"
+    )
+    with pytest.raises(AssertionError, match=r"rank 0 has lost another rank: .* within 0\.5 s"):
+        run_script(["-c", program], ranks=2, limit=20)
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "soon", "nan"])
+def test_a_time_that_is_none_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOPOST_TIMEOUT", value)
+    with pytest.raises(
+        AssertionError, match=f"NANOPOST_TIMEOUT must be a number of seconds above 0, got '{value}'"
+    ):
+        run_script(["-c", "from nanopost import distributed; distributed.setup()"], ranks=2, limit=30)
