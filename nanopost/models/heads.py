@@ -126,7 +126,7 @@ def load_either(
     dtype: torch.dtype = torch.float32,
     four_bits: Collection[str] = (),
 ) -> Llama | ScoreModel:
-    """A language model where `scores` is 0, else a score model with so many: an export, whole on this rank."""
+    """A language model where `scores` is 0, else a score model with so many; whole on this rank."""
     if not scores:
         return load_model(folder, dtype=dtype, four_bits=four_bits, whole=True)
     return load_score_model(folder, labels=scores, dtype=dtype, four_bits=four_bits, whole=True)
