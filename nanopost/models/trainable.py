@@ -124,7 +124,10 @@ def save_policy(
     trained.load_state_dict(plain, strict=False, assign=True)  # a tied head is told once, as the embedding
     if model.config.tie_word_embeddings:
         trained.lm_head.weight = trained.model.embed_tokens.weight
-    return f" ({read_again(model, trained, folder, base=base)})"
+    trained.words = words(folder, model.config)
+    logits = read_again(trained, folder)
+    del plain, trained  # before the base is read
+    return f" (read again: the same logits{read_beside(model, logits, folder, base=base)})"
 
 
 def save_scores(
@@ -146,45 +149,62 @@ def save_scores(
     with torch.device("meta"):
         trained = ScoreModel(model.config, len(labels))
     trained.load_state_dict(plain, assign=True)
-    return f" ({read_again(model, trained, folder, base=base, scores=len(labels))})"
+    scores = read_again(trained, folder, scores=len(labels))
+    del plain, trained
+    return (
+        f" (read again: the same scores{read_beside(model, scores, folder, base=base, scores=len(labels))})"
+    )
 
 
 @torch.no_grad()
-def read_again(
-    model: nn.Module, trained: Llama | ScoreModel, folder: Path, *, base: Path, scores: int = 0
-) -> str:
-    """How far what a folder's model says is from what the weights say that were to be written.
+def read_again(trained: Llama | ScoreModel, folder: Path, *, scores: int = 0) -> Tensor:
+    """What the model of a folder says, read again, which must be what the weights say that were written.
 
-    What is read stays mapped to its file: in memory no weight stands twice, but those of a base whose folder
-    has another dtype, for as long as base and adapter are compared.
+    Its weights stay in the mapped file, so there is no second copy of them in memory.
 
     Args:
-        model: as trained, with an adapter or without.
         trained: the plain model of the weights that were to be written.
         scores: how many it has; 0: a language model.
 
+    Returns:
+        Logits, or scores, of some tokens.
+
     Raises:
-        ValueError: it says something else, or base and adapter are further away than rounding.
+        ValueError: they are others.
     """
-    count, dtype = words(base, trained.config), next(trained.parameters()).dtype
-    ids, what = torch.arange(3, 35)[None] % count, "scores" if scores else "logits"
-    found, wanted = (
-        read(ids)[..., : scores or count] for read in (load_either(folder, scores, dtype=dtype), trained)
-    )
+    ids = torch.arange(3, 35)[None] % words(folder, trained.config)
+    wanted = trained(ids)
+    found = load_either(folder, scores, dtype=wanted.dtype)(ids)
     if not torch.equal(found, wanted):
+        what = "scores" if scores else "logits"
         raise ValueError(f"{folder}: read again, its {what} are {(found - wanted).abs().max():.2g} away")
-    told, most = f"read again: the same {what}", float(found.abs().max())
-    if adapter := adapter_of(model):
-        quantised = any(isinstance(module, NF4Linear) for module in model.modules())
-        four_bits = adapter.targets if quantised else ()
-        beside = load_adapter(load_either(base, scores, dtype=dtype, four_bits=four_bits), folder / "adapter")
-        away = float((beside(ids)[..., : scores or count] - found).abs().max())
-        if not away <= 0.05 * most:  # autocast's bfloat16 rounds by a hundredth
-            raise ValueError(
-                f"{folder}: base and adapter are {away:.2g} away from the merged model, of {most:.2g}"
-            )
-        told += f"; base and adapter {away:.1g} away, of {most:.2g}"
-    return told
+    return found
+
+
+@torch.no_grad()
+def read_beside(model: nn.Module, said: Tensor, folder: Path, *, base: Path, scores: int = 0) -> str:
+    """How far base and adapter are from what the merged model of the folder says; "" without an adapter.
+
+    A base whose folder has another dtype is cast, whole, in memory.
+
+    Raises:
+        ValueError: further away than rounding.
+    """
+    adapter, most = adapter_of(model), float(said.abs().max())
+    if adapter is None:
+        return ""
+    quantised = any(isinstance(module, NF4Linear) for module in model.modules())
+    four_bits = adapter.targets if quantised else ()
+    beside = load_adapter(
+        load_either(base, scores, dtype=said.dtype, four_bits=four_bits), folder / "adapter"
+    )
+    ids = torch.arange(3, 35)[None] % words(folder, beside.config)
+    away = float((beside(ids) - said).abs().max())
+    if not away <= 0.05 * most:  # autocast's bfloat16 rounds by a hundredth
+        raise ValueError(
+            f"{folder}: base and adapter are {away:.2g} away from the merged model, of {most:.2g}"
+        )
+    return f"; base and adapter {away:.1g} away, of {most:.2g}"
 
 
 def plain_weights(
