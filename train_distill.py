@@ -29,6 +29,7 @@ from nanopost.data.chat import load_chat, record_samples
 from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, Sample, read_jsonl
+from nanopost.evals import preflight
 from nanopost.evals.candidates import write_lines
 from nanopost.evals.teacher import check_tokenizers, fitting_prompts, name_teachers, text_lines, top_k_kl
 from nanopost.models.trainable import LoRA, load_policy, what_trains
@@ -76,7 +77,7 @@ class Config(LoRA, config.Machine):
     top_p: float | None = None  # of the sampler; default: 1, off
     max_new_tokens: int | None = None  # completions are cut there; default: 256
     epochs: float = 1.0  # passes over the data
-    steps: int = 0  # optimiser steps; above 0 it overrides epochs
+    steps: int | None = None  # optimiser steps; default: as epochs say; 0: the preflight alone
     batch_size: int = 32  # samples an optimiser step, over all ranks
     micro_batch: int = 32  # samples a forward pass, on one rank
     max_length: int | None = None  # longer samples are left out and counted; default: the models' context
@@ -199,7 +200,7 @@ def main(cfg: Config) -> None:
     metrics.truncate(run, first)
 
     # ---- 5 Schedules ---------------------------------------------------------------------------------------
-    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
+    steps = max(1, round(cfg.epochs * len(train) / cfg.batch_size)) if cfg.steps is None else cfg.steps
 
     def learning_rate(step: int) -> float:
         kind, warmup = cfg.schedule, min(cfg.warmup, steps)
@@ -257,6 +258,17 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
+
+    def share(part: list[Sample], whole: list[Sample]) -> Tensor:
+        return measure(part, dict.fromkeys(names, 0.0), float(sum(sum(sample.mask) for sample in whole)))
+
+    def first_texts(_: list[int]) -> list:
+        return draw(policy, chat.stop_ids, preflight.first_rows(cfg, train), 0, 1)
+
+    scope = {"temperature": cfg.temperature, "top_p": cfg.top_p}
+    sampling = preflight.Sampling(first_texts, scope) if cfg.mode == "on-policy" else None
+    facts = {"first": first, "nll": teacher is None, "sampling": sampling}
+    preflight.check_run(cfg, run, chat, policy, train, loss=share, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

@@ -34,6 +34,7 @@ from nanopost.data.order import step_indices
 from nanopost.data.preference import read_preferences
 from nanopost.data.preference_samples import completion_sample, preference_samples
 from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Sample
+from nanopost.evals import preflight
 from nanopost.evals.reference import Example, fixed_logps, mismatched, sample_id
 from nanopost.evals.rollouts import completion_logps
 from nanopost.models.trainable import LoRA, load_policy, what_trains
@@ -81,7 +82,7 @@ class Config(LoRA, config.Machine):
     undesirable_weight: float | None = None  # kto: λ_U of the others
     sft_weight: float = 0.0  # weight of the chosen completions' SFT loss, a mean over their tokens
     epochs: float = 1.0  # passes over the data
-    steps: int = 0  # optimiser steps; above 0 it overrides epochs
+    steps: int | None = None  # optimiser steps; default: as epochs say; 0: the preflight alone
     batch_size: int = 32  # records an optimiser step, over all ranks; a pair is one
     micro_batch: int = 16  # records a forward pass, on one rank
     max_length: int = 0  # records with a longer sample are left out and counted; 0: the model's context
@@ -119,7 +120,7 @@ def main(cfg: Config) -> None:
         return loss.function(*(pairs if loss.unit == "pair" else (new, old, liked, z)), **numbers)
 
     probe = torch.tensor([-1.0, -1.0])  # a number out of its range is refused here, before the scoring
-    unit_losses(probe, probe, torch.tensor([True, False]), probe[0])
+    starts = float(unit_losses(probe, probe, torch.tensor([True, False]), torch.zeros(())).mean())
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
@@ -176,7 +177,7 @@ def main(cfg: Config) -> None:
     metrics.truncate(run, first)
 
     # ---- 5 Schedules ---------------------------------------------------------------------------------------
-    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
+    steps = max(1, round(cfg.epochs * len(train) / cfg.batch_size)) if cfg.steps is None else cfg.steps
 
     def learning_rate(step: int) -> float:
         kind, warmup = cfg.schedule, min(cfg.warmup, steps)
@@ -254,6 +255,16 @@ def main(cfg: Config) -> None:
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
     fell = any((record["chosen_change"] or 0.0) < -TIE for record in metrics.read_records(run))
+    zero, weighted = torch.zeros((), device=device), cfg.desirable_weight or cfg.undesirable_weight
+
+    def first_line(part: list[Example], whole: list[Example]) -> dict[str, float | None]:
+        return line_of(Counter(measure(part, counts_of(whole), zero)[1]), counts_of(whole))
+
+    facts = {"samples": [sample for example in train for sample in example.samples], "first": first}
+    if loss.reference and not (cfg.ref_model or weighted):
+        facts |= {"line": first_line, "starts": starts}
+    facts["loss"] = lambda part, whole: measure(part, counts_of(whole), zero)[0]
+    preflight.check_run(cfg, run, chat, policy, train, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

@@ -16,10 +16,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nanopost import distributed
 from nanopost.data.chat import Chat
@@ -27,9 +29,9 @@ from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample
 from nanopost.evals import preflight_data as data
 from nanopost.evals import preflight_model as models
-from nanopost.evals.ppo import Judged
 from nanopost.evals.preflight_data import Check
-from nanopost.evals.preflight_sampling import Sampling, answer_checks, first_answers, rollout_loss
+from nanopost.evals.preflight_overlap import overlap
+from nanopost.evals.preflight_sampling import Row, Sampling, answer_checks, first_answers, rollout_loss
 from nanopost.evals.preflight_sentences import sentences
 from nanopost.evals.verifier import Verifier
 from nanopost.models.heads import ScoreModel
@@ -41,7 +43,7 @@ CHECKS = {  # in the order of their lines, and why one has nothing to say
     "supervised": "nothing is there yet to train on",
     "stop token": "no answer has ended by itself",
     "bos": "",
-    "history": "a record is no conversation of several samples here",
+    "history": "a sample has all turns here; reading refuses what a template writes anew",
     "stop ids": "",
     "stop row": "",
     "tied and rope": "",
@@ -67,7 +69,8 @@ def check_run(
     samples: Sequence[Sample] = (),
     loss: models.Loss | None = None,
     starts: float = math.nan,
-    guess: float | None = None,
+    nll: bool = False,
+    line: Callable[[list[Any], list[Any]], Mapping[str, float | None]] | None = None,
     sampling: Sampling | None = None,
     verify: Verifier | None = None,
 ) -> None:
@@ -80,10 +83,11 @@ def check_run(
         model: what trains, sharded.
         items: what a step draws from: samples, examples, prompts, or (prompt, record).
         first: the step that the run begins with; above 0 it goes on from a state, and nothing is checked.
-        samples: all there is to train on; none where a policy is still to write it.
+        samples: all there is to train on; the items, where they are samples; none where a policy writes it.
         loss: the script's own (`preflight_model.Loss`), of items or of drawn samples; a variant has its own.
         starts: what the loss must be before the first update; NaN: any finite number.
-        guess: the loss of whoever guesses each token.
+        nll: the loss is −log π, a mean over tokens: whoever guesses has log W.
+        line: the numbers of preferences that the first line tells, where policy and reference start as one.
         sampling: None where the data's completions are trained on.
         verify: the verifier, where there is one.
     Raises:
@@ -93,17 +97,18 @@ def check_run(
     if first:
         distributed.main_print(f"preflight: left out, the run goes on from step {first}")
     else:
+        samples = items if isinstance(items[0], Sample) else samples
         begun, shown = time.perf_counter(), list(samples)
         found = agree(data_checks(cfg, chat, items, samples, sampled=sampling is not None, verify=verify))
         if not faults(found):  # else there is nothing that a model should read
             answers = first_answers(cfg, sampling, ROWS) if sampling else []
             shown = [rollout.sample for _, rollout, *_ in answers] or shown
-            found += agree(model_checks(cfg, chat, model, items, answers, loss, starts, guess, sampling))
+            found += agree(model_checks(cfg, chat, model, items, answers, loss, starts, nll, line, sampling))
         tell(run, found, seconds=time.perf_counter() - begun)
         variant = sampling.variant if sampling else None
         packed, sampled = samples is items, sampling is not None
-        for line in sentences(cfg, chat, variant=variant, starts=starts, packed=packed, sampled=sampled):
-            distributed.main_print(line)
+        for sentence in sentences(cfg, chat, variant=variant, starts=starts, packed=packed, sampled=sampled):
+            distributed.main_print(sentence)
         for sample in shown[: cfg.show]:
             distributed.main_print(f"{sample.place or 'sampled'}: {data.bracketed(chat, sample)}")
         if failed := faults(found):
@@ -124,7 +129,7 @@ def data_checks(
     """What rows, template and verifier say before a model is asked."""
     prompts = [prompt_sample(item) for item in items] if sampled else samples
     found = [data.rows(cfg.data, items), data.bos(chat, prompts), data.stop_ids(chat)]
-    found.append(data.overlap(cfg.data, cfg.eval_data))
+    found.append(overlap(cfg.data, cfg.eval_data))
     if not sampled:
         found += [data.supervised(samples), data.stop_tokens(chat, samples)]
     if samples is items:
@@ -143,10 +148,11 @@ def model_checks(
     chat: Chat,
     model: Any,
     items: Sequence[Any],
-    answers: Sequence[Judged],
+    answers: Sequence[Row],
     loss: models.Loss | None,
     starts: float,
-    guess: float | None,
+    nll: bool,
+    line: Callable[[list[Any], list[Any]], Mapping[str, float | None]] | None,
     sampling: Sampling | None,
 ) -> list[Check]:
     """What a model says of its head, of the answers it has given, and of the loss of the first rows."""
@@ -166,8 +172,12 @@ def model_checks(
     if loss is None:
         raise ValueError("loss must be given where no variant has one, got None")
     one, many = (models.gradient(model, loss, parts, whole) for parts in ([mine], [[row] for row in mine]))
-    if not variant:
+    if line:
+        with torch.no_grad():
+            said |= models.preference_numbers(line(mine, whole), starts, cfg.sft_weight)
+    elif not variant:
         said["loss"] = distributed.all_sum(one.loss), math.nan if trained_head else starts
+    guess = math.log(model.words) if nll else None
     return [*found, models.micro_batches(one, many, rows=len(whole)), models.card(said, guess=guess)]
 
 
@@ -191,8 +201,8 @@ def faults(found: Sequence[Check]) -> list[str]:
 def tell(run: Path, found: Sequence[Check], *, seconds: float) -> None:
     """Print a line a check, in their order, and keep them in preflight.json."""
     known = {check.name: check for check in found}
-    missed = "the faults above come first" if faults(found) else ""
-    every = [known.get(name, Check(name, "n/a", missed or why)) for name, why in CHECKS.items()]
+    late = "not asked: the faults come first"
+    every = [known.get(name, Check(name, "n/a", why or late)) for name, why in CHECKS.items()]
     for check in every:
         fix = f"; {check.fix}" if check.fix else ""
         distributed.main_print(f"{check.outcome:>4}  {check.name:<13}  {check.told}{fix}")

@@ -6,7 +6,7 @@ Every check is a function that says what it saw as a `Check`. A fault names the 
 import json
 import re
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +18,6 @@ from nanopost.data.schema import Message, Record, Sample
 from nanopost.evals.verifier import RIGHT_PARTS, Verifier
 from nanopost.rewards.verdict import Verdict
 
-WORDS, SEEN = 8, 0.7  # words of an n-gram, and the share of a prompt's that makes it seen (PaLM, §8)
-ROWS = 20_000  # rows of a file that are looked at for n-grams, spread evenly
 BUDGET = 1.0  # seconds for a verifier's calls
 FORMS = ("{}", r"\boxed{{{}}}", "#### {}")  # of a gold answer
 GENERATION = ("generation_config.json", "config.json")  # who names stop ids, the first one first
@@ -69,6 +67,8 @@ def stop_tokens(chat: Chat, samples: Sequence[Sample]) -> Check:
                 told = f"{sample.place}: {said} {chat.tokenizer.id_to_token(last)!r}"
                 fix = "the template must end a turn with one stop token, and the mask must have it"
                 return Check("stop token", "fail", told, fix)
+    if not targets:
+        return Check("stop token", "n/a", "no answer has ended by itself")
     return Check("stop token", "pass", f"{targets} targets, each ends with its only one, which is trained on")
 
 
@@ -174,59 +174,6 @@ def worth(verdict: Verdict) -> float:
     return next((verdict.parts[part] for part in RIGHT_PARTS if part in verdict.parts), verdict.score)
 
 
-def overlap(data: Path, eval_data: Path | None) -> Check:
-    """How many evaluation prompts stand in the training file, by n-grams of words.
-
-    A prompt is seen if at least `SEEN` of its n-grams occur in training; one of fewer words is one n-gram.
-    System turns are left out: all rows share them.
-    """
-    if eval_data is None:
-        return Check("overlap", "n/a", "nothing is held out (--eval-data)")
-    prompts = {place: grams(texts, prompt=True) for place, texts in json_rows(eval_data)}
-    wanted, found = set[tuple[str, ...]]().union(*prompts.values()), set[tuple[str, ...]]()
-    for _, obj in json_rows(data):
-        found |= wanted & grams(obj, prompt=False)
-    seen = [place for place, own in prompts.items() if own and len(own & found) >= SEEN * len(own)]
-    told = (
-        f"{len(seen)} of {len(prompts)} evaluation prompts have {SEEN:.0%} of their {WORDS}-grams in {data}"
-    )
-    if seen:
-        return Check("overlap", "warn", f"{seen[0]}: {told}", "evaluate on what was not trained on")
-    return Check("overlap", "pass", told)
-
-
-def grams(obj: Any, *, prompt: bool) -> set[tuple[str, ...]]:
-    """The n-grams of words in the texts of a JSON value, or in its prompt's alone."""
-    found = set[tuple[str, ...]]()
-    for text in texts_of(obj, prompt):
-        words = re.findall(r"\w+", text.lower())
-        found |= {tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1)) if words}
-    return found
-
-
-def texts_of(obj: Any, prompt: bool) -> Iterator[str]:
-    """The strings in a JSON value, without system turns; of a prompt: none of an assistant, no answer."""
-    if isinstance(obj, str):
-        yield obj
-    elif isinstance(obj, list):
-        for item in obj:
-            yield from texts_of(item, prompt)
-    elif isinstance(obj, dict) and "role" in obj:
-        if obj["role"] not in (("system", "assistant") if prompt else ("system",)):
-            yield from texts_of(obj.get("content"), prompt)
-    elif isinstance(obj, dict):
-        for key, item in obj.items():
-            if not prompt or key in ("messages", "prompt", "question", "text"):
-                yield from texts_of(item, prompt)
-
-
-def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and value of at most `ROWS` lines of a JSONL file, spread evenly."""
-    lines = Path(path).read_bytes().splitlines()
-    for i in evenly(len(lines), ROWS):
-        yield f"{path}:{i + 1}", json.loads(lines[i])
-
-
 def evenly(count: int, most: int) -> list[int]:
     """At most so many places of a list, spread evenly."""
     return [i * count // min(count, most) for i in range(min(count, most))]
@@ -236,8 +183,11 @@ def bracketed(chat: Chat, sample: Sample) -> str:
     """A sample on one line, every token that is trained on in brackets of its own."""
     shown, rest = "", list[int]()
 
-    def text(ids: Collection[int]) -> str:
-        return chat.tokenizer.decode(list(ids), skip_special_tokens=False).replace("\n", "\\n")
+    def text(ids: list[int]) -> str:
+        read = chat.tokenizer.decode(ids, skip_special_tokens=False)
+        if "\ufffd" in read:  # a part of a character
+            read = "".join(chat.tokenizer.id_to_token(i) or "" for i in ids)
+        return read.replace("\n", "\\n")
 
     for token, trained in zip(sample.ids, sample.mask, strict=True):
         if trained:

@@ -21,7 +21,8 @@ from nanopost.models.llama import Llama
 
 Loss = Callable[[list[Any], list[Any]], Tensor]  # of a part, in a step that consists of a whole
 UNTRAINED = 0.1  # of the usual distance from the mean row: nearer rows look as they were made
-GRADIENT, CARD = (1e-3, 0.1), (1e-3, 0.05)  # a share, and a loss: rounding of float32, of bfloat16
+# What rounding may do in float32 and in bfloat16: to a gradient, as a share; to a loss; to a gradient of 0.
+GRADIENT, CARD, NOTHING = (1e-3, 0.1), (1e-3, 0.05), (1e-5, 1e-2)
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def tied_and_rope(model: nn.Module, folder: Path) -> Check:
             f"tie_word_embeddings is {there.tie_word_embeddings}, the head {'is' if tied else 'is not'} tied"
         )
         return Check(name, "fail", told, "what is trained would not be what is saved")
-    scaled = there.rope_scaling.rope_type if there.rope_scaling else "as it is"
+    scaled = there.rope_scaling.rope_type if there.rope_scaling else "not scaled"
     told = f"θ = {there.rope_theta:g}, {scaled}; the head is {'tied' if tied else 'its own'}"
     return Check(name, "pass", told)
 
@@ -101,14 +102,29 @@ def micro_batches(one: Gradient, many: Gradient, *, rows: int) -> Check:
     apart = sum(float((a - b).double().square().sum()) for a, b in pairs)
     size = sum(float(a.double().square().sum()) for a, _ in pairs)
     apart, size, loss, other = distributed.all_sum([apart, size, one.loss, many.loss])
-    share, bf16 = math.sqrt(apart / size) if size > 0 else 0.0, distributed.bf16()
-    told = f"{rows} rows at once and one by one: loss {abs(loss - other):.1g}, gradient {share:.1g} apart"
-    if not (share <= GRADIENT[bf16] and abs(loss - other) <= CARD[bf16] * max(1.0, abs(loss))):
+    apart, size, bf16 = math.sqrt(apart), math.sqrt(size), distributed.bf16()
+    told = f"{rows} rows at once and one by one: loss {abs(loss - other):.1g} apart, "
+    told += f"gradient {apart:.1g} of {size:.2g}"
+    if size <= NOTHING[bf16]:
+        return Check("micro-batch", "warn", f"{told}: it is 0", "these rows teach nothing")
+    if not (apart <= GRADIENT[bf16] * size and abs(loss - other) <= CARD[bf16] * max(1.0, abs(loss))):
         fix = "divide by the count of the whole step in every micro-batch; mask the padding"
         return Check("micro-batch", "fail", told, fix)
-    if size == 0:
-        return Check("micro-batch", "warn", f"{told}; the gradient is 0", "these rows teach nothing")
     return Check("micro-batch", "pass", told)
+
+
+def preference_numbers(
+    line: Mapping[str, float | None], starts: float, sft_weight: float
+) -> dict[str, tuple[float, float]]:
+    """What a line of preferences says and must where the policy is its reference: h = 0, and no KL.
+
+    Args:
+        line: `loss`, `margin`, `kl_from_ref`, and `sft` where the loss has that term too.
+        starts: the loss at h = 0, without that term.
+        sft_weight: its weight.
+    """
+    due = {"loss": starts + sft_weight * (line.get("sft") or 0.0), "margin": 0.0, "kl_from_ref": 0.0}
+    return {name: (float(line[name] or 0.0), value) for name, value in due.items()}
 
 
 def card(said: Mapping[str, tuple[float, float]], *, guess: float | None = None) -> Check:

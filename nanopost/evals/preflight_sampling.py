@@ -16,7 +16,6 @@ from torch import Tensor
 from nanopost import distributed
 from nanopost.data.chat import Chat
 from nanopost.data.collate import collate, spread
-from nanopost.evals.ppo import Judged
 from nanopost.evals.preflight_data import Check, stop_tokens, supervised
 from nanopost.evals.preflight_model import Loss
 from nanopost.evals.rollouts import completion_logps
@@ -26,6 +25,7 @@ from nanopost.losses.variants import Variant, policy_values
 from nanopost.models.llama import Llama
 from nanopost.rollout.types import Rollout
 
+Row = tuple[Any, Rollout, str, Any]  # record, answer, text and verdict; None where there is none
 AGREEMENT = 1e-3, 1.0  # nats that log-probs may be apart, in float32 and in bfloat16
 
 
@@ -33,29 +33,28 @@ AGREEMENT = 1e-3, 1.0  # nats that log-probs may be apart, in float32 and in bfl
 class Sampling:
     """How a script samples, and what it does with answers."""
 
-    draw: Callable[[list[int]], Mapping[int, Sequence[Judged]]]  # to the prompts at these places of step 0
+    draw: Callable[[list[int]], Any]  # to prompts at these places of step 0: groups by place, or rollouts
     scope: Mapping[str, Any]  # the distribution: temperature, top_k, top_p
     variant: Variant | None = None  # a row of the table, where rewards are given
-    reference: Llama | None = None  # the frozen model, where it starts as the policy does
+    reference: Llama | None = None  # the frozen model
 
 
-def own_size(cfg: Any, variant: Variant | None) -> int:
+def own_size(cfg: Any, variant: Variant) -> int:
     """Answers a prompt that the policy gives; the last one of a group with traces is the record's."""
-    return cfg.group_size - (variant.surrogate == "traces") if variant else 1
+    return cfg.group_size - (variant.surrogate == "traces")
 
 
-def first_answers(cfg: Any, sampling: Sampling, count: int) -> list[Judged]:
+def first_answers(cfg: Any, sampling: Sampling, count: int) -> list[Row]:
     """This rank's first answers of step 0, the policy's own: whole groups, at least `count` if there are."""
-    size, prompts = (
-        own_size(cfg, sampling.variant),
-        cfg.prompts_per_step if sampling.variant else cfg.batch_size,
-    )
-    groups = sampling.draw(distributed.shard_rows(range(prompts))[: -(-count // size)])
-    return [row for rows in groups.values() for row in (rows[:size] if sampling.variant else rows)]
+    if sampling.variant is None:
+        return [(None, rollout, "", None) for rollout in sampling.draw([])]
+    size = own_size(cfg, sampling.variant)
+    places = distributed.shard_rows(range(cfg.prompts_per_step))[: -(-count // size)]
+    return [row for rows in sampling.draw(places).values() for row in rows[:size]]
 
 
 def answer_checks(
-    cfg: Any, chat: Chat, policy: Llama, sampling: Sampling, answers: Sequence[Judged]
+    cfg: Any, chat: Chat, policy: Llama, sampling: Sampling, answers: Sequence[Row]
 ) -> tuple[list[Check], dict[str, tuple[float, float]]]:
     """What first answers say, and the numbers of a step's card."""
     rollouts = [rollout for _, rollout, *_ in answers]
@@ -65,7 +64,8 @@ def answer_checks(
     if sampling.scope["temperature"] > 0:
         options = {**sampling.scope, "micro_batch": cfg.micro_batch}
         old, new = [r.old_logps for r in rollouts], completion_logps(policy, samples, **options)
-        ref = completion_logps(sampling.reference, samples, **options) if sampling.reference else None
+        same = sampling.reference if sampling.variant and cfg.ref_model is None else None
+        ref = completion_logps(same, samples, **options) if same else None
         found, said = [*found, agreement(old, new)], start_numbers(old, new, ref)
     if sampling.variant:
         scores = [verdict.score for *_, verdict in answers]

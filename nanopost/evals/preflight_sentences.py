@@ -48,12 +48,10 @@ def sentences(
     if variant:
         count = cfg.prompts_per_step * cfg.group_size
         answers = f"{cfg.prompts_per_step} prompts × {cfg.group_size} samples = {count} answers"
+        updates = f"updates made on them: {cfg.minibatches * vars(cfg).get('epochs', 1)}"
         where = {"loss": "k3 in the loss", "reward": "k1 in the reward"}.get(variant.kl, "")
         asked += [
-            (
-                True,
-                f"a step is {answers}, in {cfg.minibatches} updates; micro-batches and ranks change nothing",
-            ),
+            (True, f"a step is {answers}, {updates}; micro-batches and ranks change nothing"),
             (
                 variant.surrogate == "clip",
                 "loss is near 0, its gradient is not: advantages sum to 0; watch the reward",

@@ -15,6 +15,7 @@ from nanopost.evals import preflight_data as data
 from nanopost.evals import preflight_model as models
 from nanopost.evals import preflight_sampling as sampling
 from nanopost.evals.preflight import CHECKS, Check, agree, tell
+from nanopost.evals.preflight_overlap import overlap
 from nanopost.evals.preflight_sentences import sentences
 from nanopost.evals.rollouts import completion_logps
 from nanopost.losses import aggregate, sft_loss
@@ -253,14 +254,14 @@ def test_evaluation_prompts_that_are_trained_on(tmp_path):
     long = "how many of the twelve red apples are left after two days"
     fresh = {"question": "what is the sum of three numbers that nobody has ever asked for", "answer": "1"}
     held.write_text(json.dumps(fresh) + "\n")
-    assert data.overlap(chats, held).outcome == "pass"
-    assert data.overlap(chats, None).outcome == "n/a"
+    assert overlap(chats, held).outcome == "pass"
+    assert overlap(chats, None).outcome == "n/a"
     with open(chats, "a") as file:
         file.write(json.dumps({"prompt": f"Tell me: {long.upper()}, please?", "completion": "ten"}) + "\n")
     system = {"role": "system", "content": fresh["question"]}
     said = [system, {"role": "user", "content": long}, {"role": "assistant", "content": "none of it at all"}]
     held.write_text(json.dumps(fresh) + "\n" + json.dumps({"messages": said}) + "\n")
-    seen = data.overlap(chats, held)
+    seen = overlap(chats, held)
     assert seen.outcome == "warn" and seen.told.startswith(f"{held}:2: 1 of 2 evaluation prompts")
 
 

@@ -29,7 +29,7 @@ MUTANTS = [
         source="our own",
         story="Accumulated gradients that are scaled twice have the right loss.",
         file=MODEL,
-        before="    if not (share <= GRADIENT[bf16] and",
+        before="    if not (apart <= GRADIENT[bf16] * size and",
         after="    if not (",
         killer=f"{TEST}::test_a_gradient_that_depends_on_micro_batches[scaled]",
     ),

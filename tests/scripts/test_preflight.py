@@ -38,7 +38,7 @@ def test_sft_alone(start, tmp_path, ranks):
     command = ["train_sft.py", *start, *SMALL.split(), "--out", str(run), "--steps", "0", "--show", "2"]
     printed = run_script(command, ranks=ranks)
     found = outcomes(run)
-    assert not {"fail", "warn"} & {*found.values()} and list(found.values()).count("pass") >= 9
+    assert not {"fail", "warn"} & {*found.values()} and list(found.values()).count("pass") >= 8
     assert {path.name for path in run.iterdir()} == {".lock", "args.json", "env.json", "preflight.json"}
     assert printed.count("chats.jsonl:1: <|im_start|>user") == 1 and printed.count("[<|im_end|>]") == 2
     assert printed.count("samples are not packed") == 1
