@@ -118,9 +118,9 @@ def main(cfg: Config) -> None:
         mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
         return sft_loss(policy.logps(*ids, mask=mask, spans=batch.spans, alike=True)), mask
 
-    def share(part: list[Sample], whole: list[Sample]) -> torch.Tensor:
-        """A micro-batch's share of a step's loss; N counts the whole step, on every rank."""
-        return aggregate(*losses(part), mode="token_mean", denom=tokens_of(whole))
+    def share(samples: list[Sample], denom: float) -> torch.Tensor:
+        """A micro-batch's share of a step's loss."""
+        return aggregate(*losses(samples), mode="token_mean", denom=denom)
 
     @torch.no_grad()
     def evaluate() -> float:
@@ -136,15 +136,17 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
-    preflight.check_run(cfg, run, chat, policy, train, first=first, loss=share, nll=True)
+    facts = {"first": first, "loss": lambda part, whole: share(part, tokens_of(whole)), "nll": True}
+    preflight.check_run(cfg, run, chat, policy, train, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))
         indices = step_indices(seed=cfg.seed, step=step, batch_size=cfg.batch_size, size=len(train))
         samples = [train[i] for i in indices]
+        denom = tokens_of(samples)  # the whole step's, on every rank
         loss = 0.0
         for part in micro_batches(samples):
-            part_loss = share(part, samples)
+            part_loss = share(part, denom)
             part_loss.backward()
             loss += float(part_loss.detach())
         seen = {"loss": loss, "samples": distributed.shard_rows(samples)}
@@ -155,7 +157,7 @@ def main(cfg: Config) -> None:
             "loss": distributed.all_sum(loss),
             "lr": learning_rate(step),
             "grad_norm": grad_norm,
-            "tokens": int(tokens_of(samples)),
+            "tokens": int(denom),
             "seconds": time.perf_counter() - start,
         }
         if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
