@@ -29,8 +29,8 @@ from nanopost.data.chat import load_chat, record_samples
 from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, Sample, read_jsonl
-from nanopost.evals import preflight
 from nanopost.evals.candidates import write_lines
+from nanopost.evals.preflight import Sampling, check_run, first_rows
 from nanopost.evals.teacher import check_tokenizers, fitting_prompts, name_teachers, text_lines, top_k_kl
 from nanopost.models.trainable import LoRA, load_policy, what_trains
 from nanopost.models.weights import load_config, load_model
@@ -263,12 +263,12 @@ def main(cfg: Config) -> None:
         return measure(part, dict.fromkeys(names, 0.0), float(sum(sum(sample.mask) for sample in whole)))
 
     def first_texts(_: list[int]) -> list:
-        return draw(policy, chat.stop_ids, preflight.first_rows(cfg, train), 0, 1)
+        return draw(policy, chat.stop_ids, first_rows(cfg, train), 0, 1)
 
     scope = {"temperature": cfg.temperature, "top_p": cfg.top_p}
-    sampling = preflight.Sampling(first_texts, scope) if cfg.mode == "on-policy" else None
+    sampling = Sampling(first_texts, scope) if cfg.mode == "on-policy" else None
     facts = {"first": first, "nll": teacher is None, "sampling": sampling}
-    preflight.check_run(cfg, run, chat, policy, train, loss=share, **facts)
+    check_run(cfg, run, chat, policy, train, loss=share, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

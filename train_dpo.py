@@ -34,7 +34,7 @@ from nanopost.data.order import step_indices
 from nanopost.data.preference import read_preferences
 from nanopost.data.preference_samples import completion_sample, preference_samples
 from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Sample
-from nanopost.evals import preflight
+from nanopost.evals.preflight import check_run
 from nanopost.evals.reference import Example, fixed_logps, mismatched, sample_id
 from nanopost.evals.rollouts import completion_logps
 from nanopost.models.trainable import LoRA, load_policy, what_trains
@@ -264,7 +264,7 @@ def main(cfg: Config) -> None:
     if loss.reference and not (cfg.ref_model or weighted):
         facts |= {"line": first_line, "starts": starts}
     facts["loss"] = lambda part, whole: measure(part, counts_of(whole), zero)[0]
-    preflight.check_run(cfg, run, chat, policy, train, **facts)
+    check_run(cfg, run, chat, policy, train, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

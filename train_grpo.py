@@ -30,7 +30,7 @@ from nanopost.data.chat import decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
-from nanopost.evals import preflight
+from nanopost.evals.preflight import Sampling, check_run
 from nanopost.evals.rollouts import completion_logps, rollout_record, trace
 from nanopost.losses import aggregate, kl_estimate, local_denom, overlong_penalty, policy_ratio
 from nanopost.losses.advantages import informative_groups
@@ -187,9 +187,9 @@ def main(cfg: Config) -> None:
     size, clock, part_size = cfg.group_size, {"verify_s": 0.0}, cfg.prompts_per_step // cfg.minibatches
     updates = [range(i * part_size, (i + 1) * part_size) for i in range(cfg.minibatches)]  # places of each
     own = torch.arange(cfg.prompts_per_step // ranks * size) % size < size - traces  # not the traces
-    sampling = preflight.Sampling(lambda places: draw(0, places), scope, variant, reference)
+    sampling = Sampling(lambda places: draw(0, places), scope, variant, reference)
     facts = {"first": first, "sampling": sampling, "verify": VERIFIERS.get(cfg.verifier)}
-    preflight.check_run(cfg, run, chat, policy, train, **facts)
+    check_run(cfg, run, chat, policy, train, **facts)
     for step in range(first, cfg.steps):
         start, clock["verify_s"] = time.perf_counter(), 0.0
         optim.set_lr(optimizer, learning_rate(step))

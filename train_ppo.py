@@ -29,7 +29,8 @@ from nanopost.data.chat import decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
-from nanopost.evals import ppo, preflight
+from nanopost.evals import ppo
+from nanopost.evals.preflight import Sampling, check_run
 from nanopost.evals.rollouts import completion_logps, rollout_record
 from nanopost.losses import aggregate, kl_estimate, local_denom, policy_ratio, value_loss, whiten
 from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
@@ -181,9 +182,9 @@ def main(cfg: Config) -> None:
     distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps{what_trains(policy)}")
     size, clock, part_size = cfg.group_size, {"verify_s": 0.0}, cfg.prompts_per_step // cfg.minibatches
     updates = [range(i * part_size, (i + 1) * part_size) for i in range(cfg.minibatches)]  # places of each
-    sampling = preflight.Sampling(lambda places: draw(0, places), scope, variant, reference)
+    sampling = Sampling(lambda places: draw(0, places), scope, variant, reference)
     facts = {"first": first, "sampling": sampling, "verify": VERIFIERS.get(cfg.verifier)}
-    preflight.check_run(cfg, run, chat, policy, train, **facts)
+    check_run(cfg, run, chat, policy, train, **facts)
     for step in range(first, cfg.steps):
         start, clock["verify_s"] = time.perf_counter(), 0.0
         optim.set_lr(optimizer, learning_rate(step))

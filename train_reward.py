@@ -34,7 +34,8 @@ from nanopost.data.order import step_indices
 from nanopost.data.preference import ATTRIBUTES, read_preferences
 from nanopost.data.preference_samples import completion_sample, preference_samples, steps_sample
 from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Ratings, Sample, Steps
-from nanopost.evals import audit, preflight
+from nanopost.evals import audit
+from nanopost.evals.preflight import check_run
 from nanopost.losses import aggregate, attribute_loss, bradley_terry_loss, process_reward_loss
 from nanopost.models.heads import load_score_model
 from nanopost.models.trainable import LoRA, adapt, nf4_layers, what_trains
@@ -231,7 +232,7 @@ def main(cfg: Config) -> None:
     distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{what_trains(model)}")
     equal_scores = math.nan if cfg.labels == "attributes" else math.log1p(math.exp(cfg.margin))
     facts = {"samples": [sample for samples, *_ in train for sample in samples], "starts": equal_scores}
-    preflight.check_run(cfg, run, chat, model, train, first=first, loss=share, **facts)
+    check_run(cfg, run, chat, model, train, first=first, loss=share, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

@@ -25,7 +25,7 @@ from nanopost.data.chat import load_chat, record_samples
 from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample, read_jsonl
-from nanopost.evals import preflight
+from nanopost.evals.preflight import check_run
 from nanopost.losses import aggregate, sft_loss
 from nanopost.models.trainable import LoRA, load_policy, what_trains
 from nanopost.models.weights import load_config
@@ -137,7 +137,7 @@ def main(cfg: Config) -> None:
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
     facts = {"first": first, "loss": lambda part, whole: share(part, tokens_of(whole)), "nll": True}
-    preflight.check_run(cfg, run, chat, policy, train, **facts)
+    check_run(cfg, run, chat, policy, train, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

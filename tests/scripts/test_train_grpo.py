@@ -250,6 +250,7 @@ def test_bad_input_is_named(start, tmp_path):
         ".lock",
         "args.json",
         "env.json",
+        "preflight.json",
     }  # no rollout
 
 
