@@ -176,7 +176,7 @@ def main(cfg: Config) -> None:
         records = read_jsonl(run / "teacher.jsonl")
     train, held_out = tasks_of(records), tasks_of(read_jsonl(cfg.eval_data)) if cfg.eval_data else []
     tokens = [len(getattr(task, "ids", task)) for task in train + held_out]
-    plan.offer(cfg, max(tokens), held_out=len(held_out))
+    fit = plan.offer(cfg, max(tokens), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)
@@ -215,6 +215,9 @@ def main(cfg: Config) -> None:
         denom = distributed.all_sum(sum(sum(sample.mask) for sample in mine))
         return [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)], denom
 
+    def first_texts(_: list[int]) -> list:
+        return draw(policy, chat.stop_ids, first_rows(cfg, train), 0, 1)
+
     # ---- 7 Evaluation --------------------------------------------------------------------------------------
     # On-policy both are compared at the temperature the student samples at (greedy: 1).
     knobs = {"temperature": cfg.kd_temperature or cfg.temperature or 1.0}
@@ -246,6 +249,9 @@ def main(cfg: Config) -> None:
             total[name] += float(seen[name].detach().double().sum()) / denom
         return losses.aggregate(values[None], mask[mask][None], mode="token_mean", denom=denom)
 
+    def share(part: list[Sample], whole: list[Sample]) -> Tensor:
+        return measure(part, dict.fromkeys(names, 0.0), float(sum(sum(sample.mask) for sample in whole)))
+
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         """The line's means on held-out records, without the hidden states; on-policy on its answers."""
@@ -258,17 +264,9 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
-
-    def share(part: list[Sample], whole: list[Sample]) -> Tensor:
-        return measure(part, dict.fromkeys(names, 0.0), float(sum(sum(sample.mask) for sample in whole)))
-
-    def first_texts(_: list[int]) -> list:
-        return draw(policy, chat.stop_ids, first_rows(cfg, train), 0, 1)
-
-    scope = {"temperature": cfg.temperature, "top_p": cfg.top_p}
-    sampling = Sampling(first_texts, scope) if cfg.mode == "on-policy" else None
-    facts = {"first": first, "nll": teacher is None, "sampling": sampling}
-    check_run(cfg, run, chat, policy, train, loss=share, **facts)
+    sampling = Sampling(first_texts, {"temperature": cfg.temperature, "top_p": cfg.top_p})
+    facts = {"nll": teacher is None, "sampling": sampling if cfg.mode == "on-policy" else None}
+    check_run(cfg, run, chat, policy, train, first=first, fit=fit, loss=share, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

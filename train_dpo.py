@@ -152,7 +152,7 @@ def main(cfg: Config) -> None:
 
     train, held_out = examples_of(cfg.data), examples_of(cfg.eval_data) if cfg.eval_data else []
     tokens = [len(sample.ids) for e in train + held_out for sample in e.samples]
-    plan.offer(cfg, max(tokens), held_out=len(train + held_out))
+    fit = plan.offer(cfg, max(tokens), held_out=len(train + held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed))
@@ -243,6 +243,9 @@ def main(cfg: Config) -> None:
         line = {name: totals[name] / counts[n] if counts[n] else None for name, n in means.items()}
         return {"loss": totals["loss"], **line}
 
+    def first_line(part: list[Example], whole: list[Example]) -> dict[str, float | None]:
+        return line_of(Counter(measure(part, counts_of(whole), zero)[1]), counts_of(whole))
+
     @torch.no_grad()
     def evaluate() -> dict[str, float | None]:
         """The numbers of a line, on the held-out records."""
@@ -255,16 +258,11 @@ def main(cfg: Config) -> None:
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
     fell = any((record["chosen_change"] or 0.0) < -TIE for record in metrics.read_records(run))
-    zero, weighted = torch.zeros((), device=device), cfg.desirable_weight or cfg.undesirable_weight
-
-    def first_line(part: list[Example], whole: list[Example]) -> dict[str, float | None]:
-        return line_of(Counter(measure(part, counts_of(whole), zero)[1]), counts_of(whole))
-
-    facts = {"samples": [sample for example in train for sample in example.samples], "first": first}
-    if loss.reference and not (cfg.ref_model or weighted):
-        facts |= {"line": first_line, "starts": starts}
-    facts["loss"] = lambda part, whole: measure(part, counts_of(whole), zero)[0]
-    check_run(cfg, run, chat, policy, train, **facts)
+    zero = torch.zeros((), device=device)  # kto's z before the first update
+    same = loss.reference and not (cfg.ref_model or cfg.desirable_weight or cfg.undesirable_weight)
+    facts = {"first": first, "loss": lambda part, whole: measure(part, counts_of(whole), zero)[0], "fit": fit}
+    facts |= {"line": first_line, "starts": starts} if same else {}
+    check_run(cfg, run, chat, policy, train, samples=[s for e in train for s in e.samples], **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

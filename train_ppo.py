@@ -119,7 +119,7 @@ def main(cfg: Config) -> None:
 
     train = [task_of(record) for record in read_jsonl(cfg.data)]
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
-    plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
+    fit = plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy, critic = map(distributed.shard, ppo.load_pair(cfg.model, cfg.critic, chat, cfg, seed=cfg.seed))
@@ -183,8 +183,8 @@ def main(cfg: Config) -> None:
     size, clock, part_size = cfg.group_size, {"verify_s": 0.0}, cfg.prompts_per_step // cfg.minibatches
     updates = [range(i * part_size, (i + 1) * part_size) for i in range(cfg.minibatches)]  # places of each
     sampling = Sampling(lambda places: draw(0, places), scope, variant, reference)
-    facts = {"first": first, "sampling": sampling, "verify": VERIFIERS.get(cfg.verifier)}
-    check_run(cfg, run, chat, policy, train, **facts)
+    facts = {"sampling": sampling, "verify": VERIFIERS.get(cfg.verifier)}
+    check_run(cfg, run, chat, policy, train, first=first, fit=fit, **facts)
     for step in range(first, cfg.steps):
         start, clock["verify_s"] = time.perf_counter(), 0.0
         optim.set_lr(optimizer, learning_rate(step))

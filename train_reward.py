@@ -146,7 +146,7 @@ def main(cfg: Config) -> None:
         told = f"left out {len(unread)} of {len(unread) + len(audit_pairs)} audit pairs"
         distributed.main_print(f"{told} (first: {unread[0]}); --audit FILE takes others")
     audit_examples, audited = [example_of(pair) for pair in audit_pairs], bool(audit_pairs)
-    plan.offer(cfg, max(map(tokens_of, train + held_out)), held_out=len(held_out))
+    fit = plan.offer(cfg, max(map(tokens_of, train + held_out)), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     model = load_score_model(cfg.model, labels=len(SCORES[cfg.labels]), four_bits=nf4_layers(cfg))
@@ -232,7 +232,7 @@ def main(cfg: Config) -> None:
     distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{what_trains(model)}")
     equal_scores = math.nan if cfg.labels == "attributes" else math.log1p(math.exp(cfg.margin))
     facts = {"samples": [sample for samples, *_ in train for sample in samples], "starts": equal_scores}
-    check_run(cfg, run, chat, model, train, first=first, loss=share, **facts)
+    check_run(cfg, run, chat, model, train, first=first, fit=fit, loss=share, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

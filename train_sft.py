@@ -86,7 +86,7 @@ def main(cfg: Config) -> None:
 
     train = samples_of(cfg.data)
     held_out = samples_of(cfg.eval_data) if cfg.eval_data else []
-    plan.offer(cfg, max(len(sample.ids) for sample in train + held_out), held_out=len(held_out))
+    fit = plan.offer(cfg, max(len(sample.ids) for sample in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)
@@ -136,8 +136,8 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
-    facts = {"first": first, "loss": lambda part, whole: share(part, tokens_of(whole)), "nll": True}
-    check_run(cfg, run, chat, policy, train, **facts)
+    facts = {"loss": lambda part, whole: share(part, tokens_of(whole)), "nll": True}
+    check_run(cfg, run, chat, policy, train, first=first, fit=fit, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

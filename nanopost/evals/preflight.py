@@ -35,6 +35,7 @@ from nanopost.evals.preflight_sampling import Row, Sampling, answer_checks, firs
 from nanopost.evals.preflight_sentences import sentences
 from nanopost.evals.verifier import Verifier
 from nanopost.models.heads import ScoreModel
+from nanopost.plan import Fit
 
 ROWS = 4  # a rank, of the first batch: what gradients are compared on
 OUTCOMES = ("n/a", "pass", "warn", "fail")  # of several ranks the last counts
@@ -66,6 +67,7 @@ def check_run(
     items: Sequence[Any],
     *,
     first: int,
+    fit: Fit,
     samples: Sequence[Sample] = (),
     loss: models.Loss | None = None,
     starts: float = math.nan,
@@ -83,6 +85,7 @@ def check_run(
         model: what trains, sharded.
         items: what a step draws from: samples, examples, prompts, or (prompt, record).
         first: the step that the run begins with; above 0 it goes on from a state, and nothing is checked.
+        fit: what the plan of its memory says.
         samples: all there is to train on; the items, where they are samples; none where a policy writes it.
         loss: the script's own (`preflight_model.Loss`), of items or of drawn samples; a variant has its own.
         starts: what the loss must be before the first update; NaN: any finite number.
@@ -99,7 +102,9 @@ def check_run(
     else:
         samples = items if isinstance(items[0], Sample) else samples
         begun, shown = time.perf_counter(), list(samples)
-        found = agree(data_checks(cfg, chat, items, samples, sampled=sampling is not None, verify=verify))
+        found = agree(
+            data_checks(cfg, chat, items, samples, fit, sampled=sampling is not None, verify=verify)
+        )
         if not faults(found):  # else there is nothing that a model should read
             answers = first_answers(cfg, sampling, ROWS) if sampling else []
             shown = [rollout.sample for _, rollout, *_ in answers] or shown
@@ -122,14 +127,15 @@ def data_checks(
     chat: Chat,
     items: Sequence[Any],
     samples: Sequence[Sample],
+    fit: Fit,
     *,
     sampled: bool,
     verify: Verifier | None,
 ) -> list[Check]:
-    """What rows, template and verifier say before a model is asked."""
+    """What rows, template, verifier and plan say before a model is asked."""
     prompts = [prompt_sample(item) for item in items] if sampled else samples
     found = [data.rows(cfg.data, items), data.bos(chat, prompts), data.stop_ids(chat)]
-    found.append(overlap(cfg.data, cfg.eval_data))
+    found += [overlap(cfg.data, cfg.eval_data), models.memory(fit)]
     if not sampled:
         found += [data.supervised(samples), data.stop_tokens(chat, samples)]
     if samples is items:

@@ -18,8 +18,10 @@ from nanopost.data.chat import Chat
 from nanopost.evals.preflight_data import Check
 from nanopost.models.config import load_config
 from nanopost.models.llama import Llama
+from nanopost.plan import Fit
 
 Loss = Callable[[list[Any], list[Any]], Tensor]  # of a part, in a step that consists of a whole
+ERROR = 0.15  # of a plan's sum, as a share
 UNTRAINED = 0.1  # of the usual distance from the mean row: nearer rows look as they were made
 # What rounding may do in float32 and in bfloat16: to a gradient, as a share; to a loss; to a gradient of 0.
 GRADIENT, CARD, NOTHING = (1e-3, 0.1), (1e-3, 0.05), (1e-5, 1e-2)
@@ -46,6 +48,17 @@ def stop_row(model: nn.Module, chat: Chat) -> Check:
         return Check("stop row", "pass", f"{told}; the head trains")
     fix = "train all weights once (--lora-rank 0): a frozen head never learns to stop"
     return Check("stop row", "fail", told, fix)
+
+
+def memory(fit: Fit) -> Check:
+    """What the run takes at most is there; the plan knows it to within `ERROR`."""
+    if fit.fits:
+        return Check("memory", "pass", fit.sentence)
+    fix = "--lora-rank, more ranks or a smaller model"
+    if fit.micro_batch:
+        fix = f"--micro-batch {fit.micro_batch}" + (f" --slots {fit.slots}" if fit.slots else "")
+    close = fit.need <= (1 + ERROR) * fit.memory
+    return Check("memory", "warn" if close else "fail", fit.sentence, fix)
 
 
 def tied_and_rope(model: nn.Module, folder: Path) -> Check:

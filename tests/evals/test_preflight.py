@@ -22,6 +22,7 @@ from nanopost.losses import aggregate, sft_loss
 from nanopost.losses.variants import VARIANTS
 from nanopost.models.trainable import LoRA
 from nanopost.models.weights import load_model
+from nanopost.plan import Fit
 from nanopost.rewards.math import gsm8k
 from nanopost.rewards.verdict import Verdict
 from nanopost.rollout.sampler import row_uniforms, sample
@@ -247,6 +248,23 @@ def test_a_first_line_that_is_not_what_it_must_be():
     fails(models.card({"loss": (math.inf, math.nan)}), "step-0 card", "a finite number")
     assert models.card({"loss": (3.0, math.nan)}, guess=5.6).outcome == "pass"
     assert models.card({"loss": (8.0, math.nan)}, guess=5.6).outcome == "warn"
+
+
+def test_a_run_that_does_not_fit():
+    fit = Fit(True, need=100, memory=120, micro_batch=8, slots=0, sentence="100 of 120")
+    assert models.memory(fit).outcome == "pass"
+    close = models.memory(dataclasses.replace(fit, fits=False, memory=90, micro_batch=2, slots=5))
+    assert close.outcome == "warn" and close.fix == "--micro-batch 2 --slots 5"
+    fails(
+        models.memory(dataclasses.replace(fit, fits=False, memory=80, micro_batch=0)), "memory", "100 of 120"
+    )
+
+
+def test_a_preference_line_at_the_start():
+    line = {"loss": 1.2, "margin": 0.0, "kl_from_ref": 0.0, "sft": 5.0, "accuracy": 0.5}
+    said = models.preference_numbers(line, math.log(2), 0.1)
+    assert said == {"loss": (1.2, math.log(2) + 0.5), "margin": (0.0, 0.0), "kl_from_ref": (0.0, 0.0)}
+    fails(models.card(said | {"margin": (0.2, 0.0)}), "step-0 card", "it must be")
 
 
 def test_evaluation_prompts_that_are_trained_on(tmp_path):
