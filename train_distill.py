@@ -30,6 +30,7 @@ from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, Sample, read_jsonl
 from nanopost.evals.candidates import write_lines
+from nanopost.evals.preflight import Sampling, check_run, first_rows
 from nanopost.evals.teacher import check_tokenizers, fitting_prompts, name_teachers, text_lines, top_k_kl
 from nanopost.models.trainable import LoRA, load_policy, what_trains
 from nanopost.models.weights import load_config, load_model
@@ -76,7 +77,7 @@ class Config(LoRA, config.Machine):
     top_p: float | None = None  # of the sampler; default: 1, off
     max_new_tokens: int | None = None  # completions are cut there; default: 256
     epochs: float = 1.0  # passes over the data
-    steps: int = 0  # optimiser steps; above 0 it overrides epochs
+    steps: int | None = None  # optimiser steps; default: as epochs say; 0: the preflight alone
     batch_size: int = 32  # samples an optimiser step, over all ranks
     micro_batch: int = 32  # samples a forward pass, on one rank
     max_length: int | None = None  # longer samples are left out and counted; default: the models' context
@@ -175,7 +176,7 @@ def main(cfg: Config) -> None:
         records = read_jsonl(run / "teacher.jsonl")
     train, held_out = tasks_of(records), tasks_of(read_jsonl(cfg.eval_data)) if cfg.eval_data else []
     tokens = [len(getattr(task, "ids", task)) for task in train + held_out]
-    plan.offer(cfg, max(tokens), held_out=len(held_out))
+    fit = plan.offer(cfg, max(tokens), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)
@@ -199,7 +200,7 @@ def main(cfg: Config) -> None:
     metrics.truncate(run, first)
 
     # ---- 5 Schedules ---------------------------------------------------------------------------------------
-    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
+    steps = max(1, round(cfg.epochs * len(train) / cfg.batch_size)) if cfg.steps is None else cfg.steps
 
     def learning_rate(step: int) -> float:
         kind, warmup = cfg.schedule, min(cfg.warmup, steps)
@@ -213,6 +214,9 @@ def main(cfg: Config) -> None:
             mine = [rollout.sample for rollout in draw(policy, chat.stop_ids, tasks, step, 1)]
         denom = distributed.all_sum(sum(sum(sample.mask) for sample in mine))
         return [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)], denom
+
+    def first_texts(_: list[int]) -> list:
+        return draw(policy, chat.stop_ids, first_rows(cfg, train), 0, 1)
 
     # ---- 7 Evaluation --------------------------------------------------------------------------------------
     # On-policy both are compared at the temperature the student samples at (greedy: 1).
@@ -245,6 +249,9 @@ def main(cfg: Config) -> None:
             total[name] += float(seen[name].detach().double().sum()) / denom
         return losses.aggregate(values[None], mask[mask][None], mode="token_mean", denom=denom)
 
+    def share(part: list[Sample], whole: list[Sample]) -> Tensor:
+        return measure(part, dict.fromkeys(names, 0.0), float(sum(sum(sample.mask) for sample in whole)))
+
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         """The line's means on held-out records, without the hidden states; on-policy on its answers."""
@@ -257,6 +264,9 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
+    sampling = Sampling(first_texts, {"temperature": cfg.temperature, "top_p": cfg.top_p})
+    facts = {"nll": teacher is None, "sampling": sampling if cfg.mode == "on-policy" else None}
+    check_run(cfg, run, chat, policy, train, first=first, fit=fit, loss=share, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

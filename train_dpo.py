@@ -34,6 +34,7 @@ from nanopost.data.order import step_indices
 from nanopost.data.preference import read_preferences
 from nanopost.data.preference_samples import completion_sample, preference_samples
 from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Sample
+from nanopost.evals.preflight import check_run
 from nanopost.evals.reference import Example, fixed_logps, mismatched, sample_id
 from nanopost.evals.rollouts import completion_logps
 from nanopost.models.trainable import LoRA, load_policy, what_trains
@@ -81,7 +82,7 @@ class Config(LoRA, config.Machine):
     undesirable_weight: float | None = None  # kto: λ_U of the others
     sft_weight: float = 0.0  # weight of the chosen completions' SFT loss, a mean over their tokens
     epochs: float = 1.0  # passes over the data
-    steps: int = 0  # optimiser steps; above 0 it overrides epochs
+    steps: int | None = None  # optimiser steps; default: as epochs say; 0: the preflight alone
     batch_size: int = 32  # records an optimiser step, over all ranks; a pair is one
     micro_batch: int = 16  # records a forward pass, on one rank
     max_length: int = 0  # records with a longer sample are left out and counted; 0: the model's context
@@ -119,7 +120,7 @@ def main(cfg: Config) -> None:
         return loss.function(*(pairs if loss.unit == "pair" else (new, old, liked, z)), **numbers)
 
     probe = torch.tensor([-1.0, -1.0])  # a number out of its range is refused here, before the scoring
-    unit_losses(probe, probe, torch.tensor([True, False]), probe[0])
+    starts = float(unit_losses(probe, probe, torch.tensor([True, False]), torch.zeros(())).mean())
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
@@ -151,7 +152,7 @@ def main(cfg: Config) -> None:
 
     train, held_out = examples_of(cfg.data), examples_of(cfg.eval_data) if cfg.eval_data else []
     tokens = [len(sample.ids) for e in train + held_out for sample in e.samples]
-    plan.offer(cfg, max(tokens), held_out=len(train + held_out))
+    fit = plan.offer(cfg, max(tokens), held_out=len(train + held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed))
@@ -176,7 +177,7 @@ def main(cfg: Config) -> None:
     metrics.truncate(run, first)
 
     # ---- 5 Schedules ---------------------------------------------------------------------------------------
-    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
+    steps = max(1, round(cfg.epochs * len(train) / cfg.batch_size)) if cfg.steps is None else cfg.steps
 
     def learning_rate(step: int) -> float:
         kind, warmup = cfg.schedule, min(cfg.warmup, steps)
@@ -242,6 +243,9 @@ def main(cfg: Config) -> None:
         line = {name: totals[name] / counts[n] if counts[n] else None for name, n in means.items()}
         return {"loss": totals["loss"], **line}
 
+    def first_line(part: list[Example], whole: list[Example]) -> dict[str, float | None]:
+        return line_of(Counter(measure(part, counts_of(whole), zero)[1]), counts_of(whole))
+
     @torch.no_grad()
     def evaluate() -> dict[str, float | None]:
         """The numbers of a line, on the held-out records."""
@@ -254,6 +258,11 @@ def main(cfg: Config) -> None:
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
     fell = any((record["chosen_change"] or 0.0) < -TIE for record in metrics.read_records(run))
+    zero = torch.zeros((), device=device)  # kto's z before the first update
+    same = loss.reference and not (cfg.ref_model or cfg.desirable_weight or cfg.undesirable_weight)
+    facts = {"first": first, "loss": lambda part, whole: measure(part, counts_of(whole), zero)[0], "fit": fit}
+    facts |= {"line": first_line, "starts": starts} if same else {}
+    check_run(cfg, run, chat, policy, train, samples=[s for e in train for s in e.samples], **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))

@@ -30,6 +30,7 @@ from nanopost.data.chat import decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
+from nanopost.evals.preflight import Sampling, check_run
 from nanopost.evals.rollouts import completion_logps, rollout_record, trace
 from nanopost.losses import aggregate, kl_estimate, local_denom, overlong_penalty, policy_ratio
 from nanopost.losses.advantages import informative_groups
@@ -53,7 +54,7 @@ class Config(LoRA, config.Machine):
     out: Path = Path("runs/grpo")  # run folder: metrics, rollouts, states, model
     eval_data: Path | None = None  # JSONL of held-out prompts, for greedy evaluation
     ref_model: Path | None = None  # reference of the KL; default: the model started from
-    steps: int = 200  # rollout batches
+    steps: int = 200  # rollout batches; 0: the preflight alone
     prompts_per_step: int = 32  # prompts a rollout batch, over all ranks
     group_size: int = 8  # samples a prompt
     micro_batch: int = 64  # samples a forward pass, on one rank
@@ -88,9 +89,9 @@ def main(cfg: Config) -> None:
     device, ranks = distributed.device(), distributed.world_size()
     clips = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     variant = choose(cfg.loss, beta=cfg.beta, **clips)
-    least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
+    least = dict.fromkeys(("prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
     least |= {"group_size": 2 - (variant.baseline in ("none", "batch")), "resample": 0, "overlong_cache": 0}
-    config.at_least(cfg, f" with loss={variant.name}", **least)
+    config.at_least(cfg, f" with loss={variant.name}", steps=0, **least)
     if cfg.overlong_cache > cfg.max_new_tokens:
         raise ValueError(f"overlong_cache={cfg.overlong_cache} exceeds max_new_tokens={cfg.max_new_tokens}")
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
@@ -122,7 +123,7 @@ def main(cfg: Config) -> None:
     train = [task_of(record) for record in read_jsonl(cfg.data)]
     _ = [trace(chat, record, ids, longest=longest) for ids, record in train if traces]  # or says why not
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
-    plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
+    fit = plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed))
@@ -183,11 +184,12 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps{what_trains(policy)}")
-    if variant.surrogate == "clip":
-        distributed.main_print("loss is near 0, its gradient is not: advantages sum to 0; watch the reward")
-    size, clock, part_size = cfg.group_size, {}, cfg.prompts_per_step // cfg.minibatches
+    size, clock, part_size = cfg.group_size, {"verify_s": 0.0}, cfg.prompts_per_step // cfg.minibatches
     updates = [range(i * part_size, (i + 1) * part_size) for i in range(cfg.minibatches)]  # places of each
     own = torch.arange(cfg.prompts_per_step // ranks * size) % size < size - traces  # not the traces
+    sampling = Sampling(lambda places: draw(0, places), scope, variant, reference)
+    facts = {"sampling": sampling, "verify": VERIFIERS.get(cfg.verifier)}
+    check_run(cfg, run, chat, policy, train, first=first, fit=fit, **facts)
     for step in range(first, cfg.steps):
         start, clock["verify_s"] = time.perf_counter(), 0.0
         optim.set_lr(optimizer, learning_rate(step))

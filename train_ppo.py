@@ -30,6 +30,7 @@ from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
 from nanopost.evals import ppo
+from nanopost.evals.preflight import Sampling, check_run
 from nanopost.evals.rollouts import completion_logps, rollout_record
 from nanopost.losses import aggregate, kl_estimate, local_denom, policy_ratio, value_loss, whiten
 from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
@@ -54,7 +55,7 @@ class Config(LoRA, config.Machine):
     out: Path = Path("runs/ppo")  # run folder: metrics, rollouts, states, model
     eval_data: Path | None = None  # JSONL of held-out prompts, for greedy evaluation
     ref_model: Path | None = None  # reference of the KL; default: the model started from
-    steps: int = 200  # rollout batches
+    steps: int = 200  # rollout batches; 0: the preflight alone
     prompts_per_step: int = 32  # prompts a rollout batch, over all ranks
     group_size: int = 8  # samples a prompt
     micro_batch: int = 64  # samples a forward pass, on one rank
@@ -88,10 +89,10 @@ def main(cfg: Config) -> None:
     device, ranks = distributed.device(), distributed.world_size()
     clips = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
     variant = choose("ppo", critic=True, beta=cfg.beta, **clips)
-    least = dict.fromkeys(("steps", "prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
+    least = dict.fromkeys(("prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
     least |= {"group_size": 1, "epochs": 1, "kl_target": 0, "value_clip": 0, "value_weight": 0}
     optim.steer_beta(variant.beta, 0.0, target=cfg.kl_target)  # a β that it cannot steer is refused here
-    config.at_least(cfg, f" with loss={variant.name}", **least)
+    config.at_least(cfg, f" with loss={variant.name}", steps=0, **least)
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
         shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
         raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")
@@ -118,7 +119,7 @@ def main(cfg: Config) -> None:
 
     train = [task_of(record) for record in read_jsonl(cfg.data)]
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
-    plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
+    fit = plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy, critic = map(distributed.shard, ppo.load_pair(cfg.model, cfg.critic, chat, cfg, seed=cfg.seed))
@@ -179,10 +180,11 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps{what_trains(policy)}")
-    if variant.surrogate == "clip":
-        distributed.main_print("loss is near 0, its gradient is not: advantages sum to 0; watch the reward")
-    size, clock, part_size = cfg.group_size, {}, cfg.prompts_per_step // cfg.minibatches
+    size, clock, part_size = cfg.group_size, {"verify_s": 0.0}, cfg.prompts_per_step // cfg.minibatches
     updates = [range(i * part_size, (i + 1) * part_size) for i in range(cfg.minibatches)]  # places of each
+    sampling = Sampling(lambda places: draw(0, places), scope, variant, reference)
+    facts = {"sampling": sampling, "verify": VERIFIERS.get(cfg.verifier)}
+    check_run(cfg, run, chat, policy, train, first=first, fit=fit, **facts)
     for step in range(first, cfg.steps):
         start, clock["verify_s"] = time.perf_counter(), 0.0
         optim.set_lr(optimizer, learning_rate(step))

@@ -19,6 +19,7 @@ InstructGPT (Ouyang et al. 2022, eq. 1): every pair stands alone, and rewards ar
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from nanopost.data.preference import ATTRIBUTES, read_preferences
 from nanopost.data.preference_samples import completion_sample, preference_samples, steps_sample
 from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Ratings, Sample, Steps
 from nanopost.evals import audit
+from nanopost.evals.preflight import check_run
 from nanopost.losses import aggregate, attribute_loss, bradley_terry_loss, process_reward_loss
 from nanopost.models.heads import load_score_model
 from nanopost.models.trainable import LoRA, adapt, nf4_layers, what_trains
@@ -57,7 +59,7 @@ class Config(LoRA, config.Machine):
     audit: Path | None = None  # JSONL of pairs with a category; default: those that come with nanopost
     margin: float = 0.0  # m: how much the chosen answer should lead by (pairs)
     epochs: float = 1.0  # passes over the data
-    steps: int = 0  # optimiser steps; above 0 it overrides epochs
+    steps: int | None = None  # optimiser steps; default: as epochs say; 0: the preflight alone
     batch_size: int = 32  # records an optimiser step, over all ranks
     micro_batch: int = 32  # records a forward pass, on one rank; a pair is two sequences
     max_length: int = 0  # records with a longer sequence are left out and counted; 0: the model's context
@@ -144,7 +146,7 @@ def main(cfg: Config) -> None:
         told = f"left out {len(unread)} of {len(unread) + len(audit_pairs)} audit pairs"
         distributed.main_print(f"{told} (first: {unread[0]}); --audit FILE takes others")
     audit_examples, audited = [example_of(pair) for pair in audit_pairs], bool(audit_pairs)
-    plan.offer(cfg, max(map(tokens_of, train + held_out)), held_out=len(held_out))
+    fit = plan.offer(cfg, max(map(tokens_of, train + held_out)), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     model = load_score_model(cfg.model, labels=len(SCORES[cfg.labels]), four_bits=nf4_layers(cfg))
@@ -154,7 +156,7 @@ def main(cfg: Config) -> None:
     metrics.truncate(run, first)
 
     # ---- 5 Schedules ---------------------------------------------------------------------------------------
-    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
+    steps = max(1, round(cfg.epochs * len(train) / cfg.batch_size)) if cfg.steps is None else cfg.steps
 
     def learning_rate(step: int) -> float:
         kind, warmup = cfg.schedule, min(cfg.warmup, steps)
@@ -197,6 +199,15 @@ def main(cfg: Config) -> None:
 
     losses = {"pairs": pair_losses, "attributes": rating_losses}.get(cfg.labels, label_losses)
 
+    def count_of(examples: list[Example]) -> float:
+        """What the loss of these examples is a mean over."""
+        said = [x == x for *_, labels in examples for row in labels for x in row]  # NaN: nobody said
+        return float(sum(said) if said else len(examples))
+
+    def share(part: list[Example], whole: list[Example]) -> torch.Tensor:
+        values, mask, _ = losses(read(part), labels_of(part))
+        return aggregate(values, mask, mode="token_mean", denom=count_of(whole))
+
     @torch.no_grad()
     def read_all(examples: list[Example]) -> torch.Tensor:
         """The scores of all examples, (P, labels), float64, on every rank."""
@@ -219,13 +230,15 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} records, {steps} steps of {cfg.batch_size}{what_trains(model)}")
+    equal_scores = math.nan if cfg.labels == "attributes" else math.log1p(math.exp(cfg.margin))
+    facts = {"samples": [sample for samples, *_ in train for sample in samples], "starts": equal_scores}
+    check_run(cfg, run, chat, model, train, first=first, fit=fit, loss=share, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))
         indices = step_indices(seed=cfg.seed, step=step, batch_size=cfg.batch_size, size=len(train))
         examples = [train[i] for i in indices]
-        said = [x == x for *_, labels in examples for row in labels for x in row]  # NaN: nobody said
-        denom = float(sum(said) if said else len(examples))  # the whole step's, on every rank
+        denom = count_of(examples)  # the whole step's, on every rank
         sums: dict[str, float] = {}
         for part in micro_batches(examples):
             values, mask, measures = losses(read(part), labels_of(part))

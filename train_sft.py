@@ -25,6 +25,7 @@ from nanopost.data.chat import load_chat, record_samples
 from nanopost.data.collate import collate
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample, read_jsonl
+from nanopost.evals.preflight import check_run
 from nanopost.losses import aggregate, sft_loss
 from nanopost.models.trainable import LoRA, load_policy, what_trains
 from nanopost.models.weights import load_config
@@ -39,7 +40,7 @@ class Config(LoRA, config.Machine):
     eval_data: Path | None = None  # JSONL of held-out records, for the evaluation loss
     from_scratch: bool = False  # random weights of DIR's config.json instead of its model.safetensors
     epochs: float = 1.0  # passes over the data
-    steps: int = 0  # optimiser steps; above 0 it overrides epochs
+    steps: int | None = None  # optimiser steps; default: as epochs say; 0: the preflight alone
     batch_size: int = 32  # samples an optimiser step, over all ranks
     micro_batch: int = 32  # samples a forward pass, on one rank
     max_length: int = 0  # longer samples are left out and counted; 0: the model's context
@@ -85,7 +86,7 @@ def main(cfg: Config) -> None:
 
     train = samples_of(cfg.data)
     held_out = samples_of(cfg.eval_data) if cfg.eval_data else []
-    plan.offer(cfg, max(len(sample.ids) for sample in train + held_out), held_out=len(held_out))
+    fit = plan.offer(cfg, max(len(sample.ids) for sample in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)
@@ -95,7 +96,7 @@ def main(cfg: Config) -> None:
     metrics.truncate(run, first)
 
     # ---- 5 Schedules ---------------------------------------------------------------------------------------
-    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch_size))
+    steps = max(1, round(cfg.epochs * len(train) / cfg.batch_size)) if cfg.steps is None else cfg.steps
 
     def learning_rate(step: int) -> float:
         kind, warmup = cfg.schedule, min(cfg.warmup, steps)
@@ -109,10 +110,17 @@ def main(cfg: Config) -> None:
         mine = distributed.shard_rows(samples)
         return [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)]
 
+    def tokens_of(samples: list[Sample]) -> float:
+        return float(sum(sum(sample.mask) for sample in samples))
+
     def losses(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         batch = collate(samples, device=device)
         mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
         return sft_loss(policy.logps(*ids, mask=mask, spans=batch.spans, alike=True)), mask
+
+    def share(samples: list[Sample], denom: float) -> torch.Tensor:
+        """A micro-batch's share of a step's loss."""
+        return aggregate(*losses(samples), mode="token_mean", denom=denom)
 
     @torch.no_grad()
     def evaluate() -> float:
@@ -128,16 +136,17 @@ def main(cfg: Config) -> None:
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
+    facts = {"loss": lambda part, whole: share(part, tokens_of(whole)), "nll": True}
+    check_run(cfg, run, chat, policy, train, first=first, fit=fit, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))
         indices = step_indices(seed=cfg.seed, step=step, batch_size=cfg.batch_size, size=len(train))
         samples = [train[i] for i in indices]
-        denom = float(sum(sum(sample.mask) for sample in samples))  # the whole step's, on every rank
+        denom = tokens_of(samples)  # the whole step's, on every rank
         loss = 0.0
         for part in micro_batches(samples):
-            values, mask = losses(part)
-            part_loss = aggregate(values, mask, mode="token_mean", denom=denom)
+            part_loss = share(part, denom)
             part_loss.backward()
             loss += float(part_loss.detach())
         seen = {"loss": loss, "samples": distributed.shard_rows(samples)}

@@ -17,6 +17,7 @@ C = TypeVar("C")
 class Machine:
     """The flags of every script that are not about what is trained; they come behind its own."""
 
+    show: int = 0  # samples to print before the first step, what is trained on in brackets
     resume: bool = False  # go on from the newest state in OUT
     accept: str = ""  # what may have changed since the run began, names with commas: data,lr
     plan: bool = False  # tell what memory this takes and whether it fits, and end
@@ -34,11 +35,11 @@ def at_least(cfg: Any, why: str = "", /, **least: float) -> None:
         why: what the bounds hold for, for the message.
         least: the smallest value by the field's name.
     Raises:
-        ValueError: a field is smaller, or NaN; it is named with its value.
+        ValueError: a field is smaller, or NaN; it is named with its value. None is a default's, not a number.
     """
     for name, low in least.items():
-        if not getattr(cfg, name) >= low:
-            raise ValueError(f"{name} must be at least {low}{why}, got {getattr(cfg, name)}")
+        if (value := getattr(cfg, name)) is not None and not value >= low:
+            raise ValueError(f"{name} must be at least {low}{why}, got {value}")
 
 
 def parse(Config: type[C], argv: Sequence[str] | None = None) -> C:

@@ -204,18 +204,18 @@ def table(job: Job) -> str:
     return "\n".join(lines)
 
 
-def offer(cfg: Any, longest: int, *, held_out: int = 0) -> None:
-    """With --plan: print the table of a script's run and end, with status 0 if it fits and 1 if not.
+def offer(cfg: Any, longest: int, *, held_out: int = 0) -> Fit:
+    """Whether a script's run fits. With --plan: print its table and end, with status 0 if it does, else 1.
 
     Args:
         cfg, longest, held_out: as for `job_of`.
     Raises:
         SystemExit: with --plan.
     """
-    if not cfg.plan:
-        return
     job = job_of(cfg, longest, held_out=held_out)
     found = fits(job)
+    if not cfg.plan:
+        return found
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{table(job)}\n{'it fits' if found.fits else 'it does not fit'}: {found.sentence}", flush=True)
     if dist.is_initialized():

@@ -9,7 +9,7 @@ reasoning of earlier ones. Encoding adds no special tokens: the template has wri
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -179,15 +179,16 @@ def record_samples(chat: Chat, record: Record) -> list[Sample]:
         turn has no stop token or text behind it, or when its tokens do not decode to its text.
     Page: docs/losses/record_samples.md
     """
+    place = f"{record.file}:{record.line}"
     try:
         if record.text is not None:
-            return [_text_sample(chat, record.text)]
+            return [replace(_text_sample(chat, record.text), place=place)]
         turns = [i for i, m in enumerate(record.messages) if m.role == "assistant" and i >= record.context]
         if not turns:
             raise ValueError("the record has no assistant turn: nothing to train on")
-        return [_turn_sample(chat, record.messages[: i + 1]) for i in turns]
+        return [replace(_turn_sample(chat, record.messages[: i + 1]), place=place) for i in turns]
     except ValueError as error:
-        raise ValueError(f"{record.file}:{record.line}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _turn_sample(chat: Chat, messages: Sequence[Message]) -> Sample:

@@ -37,7 +37,7 @@ def completion_sample(
             raise ValueError(f"{file}:{line}: {problem}; keep only the last turn of each completion")
         # What is behind those turns; they themselves keep the tokens in which they were emitted.
         tail = slice(stops[seen - 1], None)
-        whole = Sample(whole.ids + turn.ids[tail], whole.mask + turn.mask[tail])
+        whole = Sample(whole.ids + turn.ids[tail], whole.mask + turn.mask[tail], whole.place)
     return whole
 
 

@@ -58,6 +58,7 @@ class Sample:
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
+    place: str = field(default="", compare=False)  # file:line of its record, for errors
 
 
 @dataclass(frozen=True)

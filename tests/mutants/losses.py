@@ -25,10 +25,10 @@ MUTANTS = [
         source="verl#3332",
         story="The log shows a mean, but the gradient is that of the sum, and the clip holds in every step.",
         file=SFT,
-        before="""mode="token_mean", denom=denom)
+        before="""part_loss = share(part, denom)
             part_loss.backward()
 """,
-        after="""mode="token_mean", denom=1.0)
+        after="""part_loss = share(part, 1.0)
             part_loss.backward()
             part_loss = part_loss / denom
 """,
@@ -48,8 +48,8 @@ MUTANTS = [
         source="torchtune#2172",
         story="The denominator is the rank's share of the step: the sum over two ranks is twice too large.",
         file=SFT,
-        before="for sample in samples))  # the whole",
-        after="for sample in distributed.shard_rows(samples)))  # the whole",
+        before="denom = tokens_of(samples)  # the whole",
+        after="denom = tokens_of(distributed.shard_rows(samples))  # the whole",
         killer=f"{TEST_SFT}::test_micro_batches_and_ranks_change_nothing",
     ),
     Mutant(

@@ -48,7 +48,7 @@ MUTANTS = [
         source="trl#5224",
         story="With a turn behind it an answer gets other tokens than it was sampled in; the mask slips.",
         file=SAMPLES,
-        before="Sample(whole.ids + turn.ids[tail], whole.mask + turn.mask[tail])",
+        before="Sample(whole.ids + turn.ids[tail], whole.mask + turn.mask[tail], whole.place)",
         after="Sample(turn.ids, turn.mask[: tail.start - len(whole.mask)] + whole.mask + turn.mask[tail])",
         killer=f"{TEST_SAMPLES}::test_an_earlier_turn_keeps_the_tokens_in_which_it_was_emitted",
     ),
