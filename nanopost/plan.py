@@ -184,7 +184,7 @@ def job_of(cfg: Any, longest: int, *, held_out: int = 0) -> Job:
         copies=int("group_size" in has and cfg.ref_model is None),
         frozen=tuple(load_config(folder) for folder in others if folder),
         critic=None if critic == "shared" else load_config(critic or cfg.model),
-        ranks=ranks,
+        ranks=ranks // has.get("replicas", 1),
         device=device,
         bf16=torch.is_autocast_enabled(device),
         recompute=has.get("recompute", False),

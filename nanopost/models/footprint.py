@@ -39,7 +39,7 @@ class Job:
     copies: int = 0  # frozen models of the policy's own format: the reference
     frozen: tuple[LlamaConfig, ...] = ()  # frozen models in float32
     critic: LlamaConfig | None = None  # trains as the policy does
-    ranks: int = 1
+    ranks: int = 1  # that share a model between them
     device: str = "cpu"
     bf16: bool = False
     recompute: bool = False  # a block keeps its input alone and is computed again in backward
@@ -84,11 +84,17 @@ def trained(job: Job, c: LlamaConfig) -> int:
     return c.num_hidden_layers * sum(job.rank * sum(matrices(c)[name]) for name in job.targets)
 
 
+def quantised(job: Job, c: LlamaConfig) -> int:
+    """Weights in four bits: those of an adapter's projections."""
+    return c.num_hidden_layers * sum(
+        a * b for n, (a, b) in matrices(c).items() if job.nf4 and n in job.targets
+    )
+
+
 def weights(job: Job, c: LlamaConfig) -> int:
-    """4·P, and 4 bytes a number of an adapter; 4.127 bits a weight of projections in NF4."""
-    quantised = sum(a * b for n, (a, b) in matrices(c).items() if job.nf4 and n in job.targets)
-    quantised *= c.num_hidden_layers
-    return 4 * (size(c) - quantised) + round(NF4 * quantised) + (4 * trained(job, c) if job.rank else 0)
+    """4·P, and 4 bytes a number of an adapter, over ranks; 4.127 bits a weight in NF4, all on every rank."""
+    count, codes = size(c), quantised(job, c)
+    return ceil(4 * (count - codes + trained(job, c) * (job.rank > 0)) / job.ranks) + round(NF4 * codes)
 
 
 def _trains(job: Job) -> int:
@@ -97,22 +103,24 @@ def _trains(job: Job) -> int:
 
 
 def standing(job: Job) -> dict[str, int]:
-    """What is there all the time: weights, frozen models (4·P each), Adam's two moments.
+    """What is there all the time: weights, frozen models (4·P), Adam's two moments; of n ranks each has 1/n.
 
-    Of n ranks each holds 1/n. With offload all of it is on the host, and none on a GPU.
+    With offload all of it is on the host, and none on a GPU.
     """
     own = weights(job, job.config) + (weights(job, job.critic) if job.critic else 0)
-    others = job.copies * weights(job, job.config) + sum(4 * size(c) for c in job.frozen)
-    terms = {"weights": own, "frozen models": others, "Adam": 8 * _trains(job)}
-    here = not (job.offload and job.device == "cuda")
-    return {name: here * ceil(value / job.ranks) for name, value in terms.items()}
+    others = job.copies * weights(job, job.config) + sum(ceil(4 * size(c) / job.ranks) for c in job.frozen)
+    terms = {"weights": own, "frozen models": others, "Adam": ceil(8 * _trains(job) / job.ranks)}
+    return {name: 0 if job.offload and job.device == "cuda" else value for name, value in terms.items()}
 
 
 def gathered(job: Job) -> int:
-    """What FSDP holds whole while it computes: all but the blocks, and two of these: one and the next."""
+    """What FSDP has whole: all but the blocks, 4 bytes a number, and b of two blocks: one and the next.
+
+    And the gradient of a block before it is shared out, 4 bytes a number.
+    """
     if job.ranks == 1 and not job.offload:
         return 0
-    return 4 * root_size(job.config) + 2 * width(job) * block_size(job.config)
+    return 4 * root_size(job.config) + (2 * width(job) + 4 * (not job.rank)) * block_size(job.config)
 
 
 def width(job: Job) -> int:

@@ -11,8 +11,8 @@ MUTANTS = [
         source="our own",
         story="Adam is planned with one number a weight; it keeps two.",
         file=TRAINING,
-        before='"Adam": 8 * _trains(job)',
-        after='"Adam": 4 * _trains(job)',
+        before='"Adam": ceil(8 *',
+        after='"Adam": ceil(4 *',
         killer=f"{TEST}::test_standing_memory_is_that_of_model_and_optimiser",
     ),
     Mutant(
@@ -31,7 +31,7 @@ MUTANTS = [
         file=PLAN,
         before='"gradients": adds * grads,',
         after='"gradients": 0,',
-        killer=f"{TEST}::test_a_micro_batch_takes_what_the_allocator_gives[SFT]",
+        killer=f"{TEST}::test_a_micro_batch_takes_what_the_allocator_gives[SFT, many words]",
     ),
     Mutant(
         name="cache-of-query-heads",
@@ -54,10 +54,10 @@ MUTANTS = [
     Mutant(
         name="rank-holds-all",
         source="our own",
-        story="What FSDP shares out is planned whole on every rank.",
+        story="Adam's moments, which FSDP shares out, are planned whole on every rank.",
         file=TRAINING,
-        before="here * ceil(value / job.ranks)",
-        after="here * value",
+        before="ceil(8 * _trains(job) / job.ranks)",
+        after="8 * _trains(job)",
         killer=f"{TEST}::test_ranks_share_what_stands_and_recompute_keeps_inputs_alone",
     ),
     Mutant(
