@@ -28,6 +28,7 @@ Terms = dict[str, int]  # bytes by name
 UNITS = {"GiB": 2**30, "MiB": 2**20}
 # What a script reads its hidden states with: the first whose field its flags have.
 HEADS = {"group_size": "logps", "mode": "logits", "labels": "score", "loss": "logps", "epochs": "alike"}
+STORED = {"forward": 10, "reverse": 11, "jsd": 16}  # tensors as large as the logits, by divergence
 TERMS = (
     "weights", "frozen models", "Adam", "gathered", "gradients", "activations", "logits", "KV cache",
     "passing", "read again",
@@ -169,6 +170,7 @@ def job_of(cfg: Any, longest: int, *, held_out: int = 0) -> Job:
     return Job(
         config=config,
         head=head,
+        stored=STORED.get(has.get("divergence") or "", 8),
         pair=pair,
         micro_batch=min(cfg.micro_batch * pair, rows * pair // has.get("minibatches", 1)),
         rows=rows * pair // has.get("minibatches", 1),

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import plan as bench
 from bench.machine import ROOT
-from nanopost import plan
+from nanopost import losses, plan
 from nanopost.data.collate import SHARED, Batch, collate
 from nanopost.data.schema import Sample
 from nanopost.kernels import dispatch
@@ -177,6 +177,35 @@ def test_a_micro_batch_takes_what_the_allocator_gives(changes: dict) -> None:
     standing = sum(footprint.standing(j).values()) + footprint.gradients(j)
     planned = max(sum(moments[name].values()) - standing for name in ("backward begins", "backward ends"))
     assert planned == pytest.approx(taken, rel=CLOSE)
+
+
+@pytest.mark.parametrize("kind", [*plan.STORED, "top-p"])
+def test_losses_of_stored_logits_take_what_the_allocator_gives(kind: str) -> None:
+    """A divergence of two models' logits with what a line tells of it, and a truncated distribution."""
+    config = dataclasses.replace(CONFIG, vocab_size=4000)
+    j = job(config=config, head="logits", stored=plan.STORED.get(kind, 8), micro_batch=3, rows=6)
+    model, batch = model_of(j), rows(3, 100)
+    teacher, mask, ids = model_of(j), batch.completion_mask, (batch.input_ids, batch.target_ids)
+    divergence = {"forward": losses.forward_kl, "reverse": losses.reverse_kl, "jsd": losses.generalized_jsd}
+
+    def step() -> None:
+        if kind == "top-p":
+            values = sft_loss(model.logps(*ids, mask=mask, spans=batch.spans, top_p=0.9))[mask]
+        else:
+            with torch.no_grad():
+                taught = teacher(batch.input_ids, mask, batch.spans)
+            logits = model(batch.input_ids, mask, batch.spans)
+            values = divergence[kind](
+                logits, taught, temperature=2.0, **({"beta": 0.5} if kind == "jsd" else {})
+            )
+            told = losses.forward_kl(logits.detach(), taught), logits.argmax(-1) == taught.argmax(-1)
+            assert len(told[0]) == len(told[1]) == len(values)
+        aggregate(values[None], mask[mask][None], mode="token_mean", denom=10.0).backward()
+
+    step()
+    standing = sum(footprint.standing(j).values()) + footprint.gradients(j)
+    planned = sum(plan.moments(j)["backward begins"].values()) - standing
+    assert planned == pytest.approx(peak(step), rel=CLOSE)
 
 
 @pytest.mark.parametrize(("slots", "words"), [(256, 2048), (8, 64)])

@@ -24,6 +24,7 @@ class Job:
 
     config: LlamaConfig  # of what trains
     head: str = "alike"  # what reads the hidden states: "alike" (SFT), "logps", "logits" or "score"
+    stored: int = 8  # with "logits": how many tensors of their size a loss makes; 8 are top-k's and top-p's
     micro_batch: int  # rows of a forward pass
     pair: int = 1  # rows that a script counts as one: 2 of a pair
     rows: int  # of an optimiser step, on one rank
@@ -194,8 +195,8 @@ def logits(job: Job) -> int:
     """What the head takes at most; all logits are stored for top-k, top-p and distillation alone.
 
     alike: max(C·V + V·D, 2·V·D) and 3·M·D: a chunk of C tokens' logits; the head's gradient, made in the
-    forward pass, and that one scaled. logps: a tile with V·D, or two tiles, and 4·M·D. logits: 8·M·V and
-    V·D. score: 2·M·D. Times 4 bytes. A frozen head has no gradient; in bfloat16 it has a copy, 2·V·D bytes.
+    forward pass, and that one scaled. logps: a tile with V·D, or two tiles, and 4·M·D. logits: V·D and
+    stored·M·V. score: 2·M·D. Times 4 bytes. A frozen head has no gradient; in bfloat16 a copy, 2·V·D bytes.
     """
     c, b, (_, M, _) = job.config, width(job), tokens(job)
     V, MD, matrix = c.vocab_size, c.hidden_size * tokens(job)[1], 4 * c.vocab_size * c.hidden_size
@@ -207,7 +208,7 @@ def logits(job: Job) -> int:
     if job.head == "logps":
         tile = 4 * LEAST * TILE["cpu"] if job.device == "cpu" else M * TILE["cuda"] * b
         return max(2 * tile, tile + head) + 4 * 4 * MD + cast
-    return 4 * 8 * M * V + head + cast if job.head == "logits" else 4 * 2 * MD
+    return 4 * job.stored * M * V + head + cast if job.head == "logits" else 4 * 2 * MD
 
 
 def passing(job: Job) -> int:
