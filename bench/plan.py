@@ -65,6 +65,7 @@ class Case:
 
 
 CASES = {
+    "SFT, 4 of 4 rows": Case("sft", 4, 4),
     "SFT, 8 of 8 rows": Case("sft", 8, 8),
     "SFT, 4 of 16 rows": Case("sft", 4, 16),
     "SFT, 16 of 32 rows": Case("sft", 16, 32),

@@ -319,8 +319,10 @@ def test_what_does_not_fit_ends_with_1(tmp_path: Path, monkeypatch, capsys) -> N
     assert ended.value.code == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", bench.CASES)
+FIRST, *OTHERS = bench.CASES
+
+
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_fresh_process_takes_what_is_planned(name: str, tmp_path: Path) -> None:
     bench.write(tmp_path)
     marks = bench.measure(name, tmp_path)
