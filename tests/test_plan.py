@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import plan as bench
 from bench.machine import ROOT
-from nanopost import losses, plan
+from nanopost import fsdp, losses, plan
 from nanopost.data.collate import SHARED, Batch, collate
 from nanopost.data.schema import Sample
 from nanopost.kernels import dispatch
@@ -163,6 +163,11 @@ PEAKS = {
     "log-probs": {"head": "logps", "config": dataclasses.replace(CONFIG, vocab_size=16000)},
     "LoRA": {"head": "alike", "rank": 4, "targets": ALL},
     "bfloat16": {"head": "alike", "bf16": True},
+    "recompute": {
+        "head": "logps",
+        "config": dataclasses.replace(CONFIG, num_hidden_layers=6),
+        "recompute": True,
+    },
 }
 
 
@@ -170,7 +175,9 @@ PEAKS = {
 def test_a_micro_batch_takes_what_the_allocator_gives(changes: dict) -> None:
     """Forward and backward of a second micro-batch, gradients of the first being there."""
     j = job(micro_batch=6, rows=12, **changes)
-    model, batch = model_of(j), rows(6, 100)
+    fsdp.choose(recompute=j.recompute)
+    model, batch = fsdp.shard(model_of(j)), rows(6, 100)
+    fsdp.choose()
     loss_of(j, model, batch).backward()
     taken = peak(lambda: loss_of(j, model, batch).backward())
     moments = plan.moments(j)

@@ -178,17 +178,15 @@ def kept_by_block(job: Job) -> int:
 
 
 def activations(job: Job) -> int:
-    """L times `kept_by_block`, the last norm's N·D and the angles N·E; in bfloat16 also 2 bytes a weight.
+    """L times `kept_by_block`, the last norm's N·D and the angles N·E; with recompute a block keeps 4·N·D."""
+    c, N = job.config, tokens(job)[0]
+    block = 4 * N * c.hidden_size if job.recompute else kept_by_block(job) + casts(job)
+    return c.num_hidden_layers * block + 4 * N * (c.hidden_size + c.head_dim)
 
-    Those are the copies that products read. FSDP has copies of its own (`gathered`). With recompute a block
-    keeps 4·N·D, and one at a time all of it.
-    """
-    c, (N, _, _), block = job.config, tokens(job), kept_by_block(job)
-    cast = 2 * sum(a * b for a, b in matrices(c).values()) * (job.bf16 and not gathered(job))
-    kept = c.num_hidden_layers * (block + cast)
-    if job.recompute:
-        kept = c.num_hidden_layers * 4 * N * c.hidden_size + block + cast
-    return kept + 4 * N * (c.hidden_size + c.head_dim)
+
+def casts(job: Job) -> int:
+    """The copies of a block's matrices that bfloat16's products keep, 2 bytes a weight; FSDP has its own."""
+    return 2 * sum(a * b for a, b in matrices(job.config).values()) * (job.bf16 and not gathered(job))
 
 
 def logits(job: Job) -> int:
@@ -212,10 +210,14 @@ def logits(job: Job) -> int:
 
 
 def passing(job: Job) -> int:
-    """Gradients on their way through a block, 4·3·N·D + b·2·N·I, beside the head's own, 4·V·D."""
-    c, (N, _, _) = job.config, tokens(job)
+    """Gradients on their way through a block, 4·3·N·D + b·2·N·I, beside the head's own, 4·V·D.
+
+    With recompute all that the block keeps is made again by then.
+    """
+    c, N = job.config, tokens(job)[0]
     head = 4 * c.vocab_size * c.hidden_size * (not job.rank and job.head != "score")
-    return width(job) * 2 * N * c.intermediate_size + 4 * 3 * N * c.hidden_size + head
+    again = (kept_by_block(job) + casts(job)) * job.recompute
+    return again + width(job) * 2 * N * c.intermediate_size + 4 * 3 * N * c.hidden_size + head
 
 
 def reading(job: Job) -> int:
