@@ -51,9 +51,12 @@ def moments(job: Job) -> dict[str, Terms]:
     """The terms of each moment, bytes of one rank; a moment takes their sum."""
     always, grads = training.standing(job), training.gradients(job)
     whole = training.gathered(job)
-    adds = job.micro_batch < job.rows or job.critic is not None  # gradients of before are there
     head, passing = training.logits(job), training.passing(job)
-    begins = {"gathered": whole, "gradients": adds * grads, "activations": training.activations(job)}
+    begins = {
+        "gathered": whole,
+        "gradients": grads * training.adds(job),
+        "activations": training.activations(job),
+    }
     begins |= {"logits": head, "passing": max(0, passing - head)}
     ends = {"gathered": whole, "gradients": grads, "activations": training.kept_by_block(job)}
     ends |= {"passing": training.last_gradients(job)}

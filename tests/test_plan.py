@@ -165,7 +165,7 @@ PEAKS = {
     "bfloat16": {"head": "alike", "bf16": True},
     "recompute": {
         "head": "logps",
-        "config": dataclasses.replace(CONFIG, num_hidden_layers=6),
+        "config": dataclasses.replace(CONFIG, num_hidden_layers=12),
         "recompute": True,
     },
 }
@@ -319,7 +319,7 @@ def test_what_does_not_fit_ends_with_1(tmp_path: Path, monkeypatch, capsys) -> N
     with pytest.raises(SystemExit) as ended:
         plan.offer(Flags(), 64)
     assert ended.value.code == 1 and "it does not fit: " in capsys.readouterr().out
-    assert plan.offer(Flags(plan=False), 64) is None
+    assert not plan.offer(Flags(plan=False), 64).fits
     monkeypatch.setattr(plan, "available", lambda device: 2**40)
     with pytest.raises(SystemExit) as ended:
         plan.offer(Flags(), 64)

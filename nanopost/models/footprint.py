@@ -87,9 +87,8 @@ def trained(job: Job, c: LlamaConfig) -> int:
 
 def quantised(job: Job, c: LlamaConfig) -> int:
     """Weights in four bits: those of an adapter's projections."""
-    return c.num_hidden_layers * sum(
-        a * b for n, (a, b) in matrices(c).items() if job.nf4 and n in job.targets
-    )
+    numbers = (a * b for n, (a, b) in matrices(c).items() if job.nf4 and n in job.targets)
+    return c.num_hidden_layers * sum(numbers)
 
 
 def weights(job: Job, c: LlamaConfig) -> int:
@@ -157,11 +156,8 @@ def kept_by_block(job: Job) -> int:
     """
     c, b, (N, _, keys) = job.config, width(job), tokens(job)
     D, wide, (HE, KE), H = c.hidden_size, c.intermediate_size, heads(c), c.num_attention_heads
-    has = [
-        [_has(job, name) for name in names]
-        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-    ]
-    copies = sum(sum(x) if job.bf16 else any(x) for x in has)
+    read = [n for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") if _has(job, n)]
+    copies = len(read) if job.bf16 else len({n in ("gate_proj", "up_proj") for n in read})
     per_token = 8 * (D + 1) + b * (copies * D + 2 * wide + wide * _has(job, "down_proj"))
     per_token += b * job.rank * len(job.targets) + c.qk_norm * (
         b * (HE + KE) + 4 * (H + c.num_key_value_heads)
@@ -212,12 +208,19 @@ def logits(job: Job) -> int:
 def passing(job: Job) -> int:
     """Gradients on their way through a block, 4·3·N·D + b·2·N·I, beside the head's own, 4·V·D.
 
-    With recompute all that the block keeps is made again by then.
+    The head's is gone where it was added to the one of the micro-batch before. With recompute all that the
+    block keeps but its input is made again by then.
     """
     c, N = job.config, tokens(job)[0]
-    head = 4 * c.vocab_size * c.hidden_size * (not job.rank and job.head != "score")
-    again = (kept_by_block(job) + casts(job)) * job.recompute
-    return again + width(job) * 2 * N * c.intermediate_size + 4 * 3 * N * c.hidden_size + head
+    held = not job.rank and job.head != "score" and (c.tie_word_embeddings or not adds(job))
+    again = job.recompute * (kept_by_block(job) + casts(job) - 4 * N * c.hidden_size)
+    flow = 2 * width(job) * N * c.intermediate_size + 4 * 3 * N * c.hidden_size
+    return again + flow + 4 * c.vocab_size * c.hidden_size * held
+
+
+def adds(job: Job) -> bool:
+    """Whether the gradients of a micro-batch are added to those of one before, or of the policy."""
+    return job.micro_batch < job.rows or job.critic is not None
 
 
 def reading(job: Job) -> int:
@@ -228,7 +231,7 @@ def reading(job: Job) -> int:
 
 def gradients(job: Job) -> int:
     """4 bytes a number that trains, of n ranks 1/n each; offloaded ones are on the host."""
-    return ceil(4 * _trains(job) / job.ranks) * (not (job.offload and job.device == "cuda"))
+    return standing(job)["Adam"] // 2
 
 
 def last_gradients(job: Job) -> int:

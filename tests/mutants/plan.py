@@ -29,7 +29,7 @@ MUTANTS = [
         source="our own",
         story="Every micro-batch is planned as the first: the gradients that it adds to are forgotten.",
         file=PLAN,
-        before='"gradients": adds * grads,',
+        before='"gradients": grads * training.adds(job),',
         after='"gradients": 0,',
         killer=f"{TEST}::test_a_micro_batch_takes_what_the_allocator_gives[SFT, many words]",
     ),
