@@ -12,6 +12,7 @@ from nanopost.losses.reduce import aggregate, local_denom
 from nanopost.models.config import LlamaConfig
 from nanopost.models.llama import Llama
 from tests.ranks import run_function, run_script
+from tests.tolerances import within
 
 ROWS, WIDTH, VOCABULARY, STEPS = 4, 9, 13, 3
 TIED = {"tied": True, "untied": False}
@@ -115,12 +116,6 @@ def everything(folder: str) -> dict[str, Any]:
     return results | {"float32": single_precision()}
 
 
-def close(one: Any, other: Any) -> None:
-    torch.testing.assert_close(
-        torch.tensor(one).double(), torch.tensor(other).double(), rtol=1e-13, atol=1e-13
-    )
-
-
 def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     folder = run / "state" / f"step_{step:06d}"
     index = shards.read_index(folder.glob("*.safetensors"))
@@ -158,16 +153,20 @@ def test_two_ranks_take_the_steps_of_one_process(both: dict[str, Any]) -> None:
     assert min(norm for _, norm in both["one"]["steps"]) > 0.5  # clipping is at work
     for result in both["two"]:
         assert result["sharded"] > 0
-        close(result["steps"], both["one"]["steps"])
+        within("world sizes, float64", result["steps"], both["one"]["steps"])
     one, two = (weights_of(folder, STEPS) for folder in both["folders"])
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-12, atol=1e-13, msg=name)
+    within("world sizes, float64", two, one)
+
+
+def test_row_by_row_is_all_rows_at_once(both: dict[str, Any], tmp_path: Path) -> None:
+    told = train(str(tmp_path), both["tied"], 1, False)["steps"]
+    found, expected = weights_of(tmp_path, STEPS), weights_of(both["folders"][0], STEPS)
+    within("micro-batches, float64", [told, found], [both["one"]["steps"], expected])
 
 
 def test_a_step_in_single_precision_too(runs: dict[str, Any]) -> None:
     for result in runs["two"]:
-        torch.testing.assert_close(result["float32"], single_precision(), rtol=1e-5, atol=1e-6)
+        within("world sizes, float32", result["float32"], single_precision())
 
 
 def test_gathered_weights_are_the_current_ones_on_every_rank(both: dict[str, Any]) -> None:
@@ -179,7 +178,7 @@ def test_gathered_weights_are_the_current_ones_on_every_rank(both: dict[str, Any
         expected.append(model(small_batch()[0]).sum().item())
     assert abs(expected[1] - expected[2]) > 1e-3
     for result in both["two"]:
-        torch.testing.assert_close(result["logits"], expected, rtol=1e-11, atol=1e-11)
+        within("world sizes, float64", result["logits"], expected)
 
 
 def test_a_state_of_two_ranks_goes_on_with_one_and_back(both: dict[str, Any]) -> None:
@@ -187,9 +186,8 @@ def test_a_state_of_two_ranks_goes_on_with_one_and_back(both: dict[str, Any]) ->
     there = go_on(str(two), both["tied"])  # saved by two ranks, read by one process
     assert there["step"] == STEPS and [back["step"] for back in both["two"]] == [STEPS, STEPS]
     for back in both["two"]:  # saved by one process, read by two ranks
-        close(back["loss"], there["loss"])
-    for name, tensor in weights_of(one, STEPS + 1).items():
-        torch.testing.assert_close(weights_of(two, STEPS + 1)[name], tensor, rtol=1e-12, atol=1e-13, msg=name)
+        within("resumed, other world size, float64", back["loss"], there["loss"])
+    within("resumed, other world size, float64", weights_of(two, STEPS + 1), weights_of(one, STEPS + 1))
 
 
 def test_only_rank_0_writes(both: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from nanopost.models.attention import Spans
 from nanopost.models.config import LlamaConfig
 from nanopost.models.fill import fill
 from nanopost.models.header import read_headers
-from nanopost.models.llama import Decoder, Llama
+from nanopost.models.llama import Decoder, Llama, picked
 from nanopost.models.weights import load_config, load_model, read_json, write_config, write_tensors
 
 HEAD = "score.weight"
@@ -52,7 +52,7 @@ class ScoreModel(nn.Module):
     def forward(self, input_ids: Tensor, spans: Spans | None = None) -> Tensor:
         """Scores at every position, (B, T, labels); `spans` say which positions each row brings."""
         hidden, places = self.model.rows(input_ids, spans)
-        return read(self.score, hidden[places])
+        return read(self.score, picked(hidden, places))
 
     def values(self, input_ids: Tensor, *, spans: Spans | None = None) -> Tensor:
         """The one score at every position, (B, T): V(s_t) of a critic, or a logit a token."""
@@ -67,7 +67,9 @@ class ScoreModel(nn.Module):
         if not ((lengths >= 1) & (lengths <= input_ids.shape[1])).all():
             raise ValueError(f"lengths must lie in [1, {input_ids.shape[1]}], got {lengths.tolist()}")
         hidden, places = self.model.rows(input_ids, [(0, length) for length in lengths.tolist()])
-        return read(self.score, hidden[places[torch.arange(len(places), device=places.device), lengths - 1]])
+        return read(
+            self.score, picked(hidden, places[torch.arange(len(places), device=places.device), lengths - 1])
+        )
 
 
 class ActorCritic(Llama):
@@ -80,7 +82,7 @@ class ActorCritic(Llama):
     def values(self, input_ids: Tensor, *, spans: Spans | None = None) -> Tensor:
         """V(s_t) for the state after token t, (B, T)."""
         hidden, places = self.model.rows(input_ids, spans)
-        return _only(read(self.score, hidden[places]))
+        return _only(read(self.score, picked(hidden, places)))
 
 
 def load_score_model(

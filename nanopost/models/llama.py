@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanopost.kernels.linear import linear
@@ -140,6 +141,11 @@ class Decoder(nn.Module):
         return self(tokens, plan.positions, partial(attend, plan)), plan.places
 
 
+def picked(hidden: Tensor, places: Tensor) -> Tensor:
+    """hidden[places], where the gradients of a place that is read several times add up in one order."""
+    return F.embedding(places, hidden)
+
+
 class Llama(nn.Module):
     """The decoder with its head; `logps` is what every loss of the project reads."""
 
@@ -159,7 +165,7 @@ class Llama(nn.Module):
         no logit of anything.
         """
         hidden, places = self.model.rows(input_ids, spans)
-        return self.cut(self.lm_head(hidden[places if mask is None else places[mask]]), -1)
+        return self.cut(self.lm_head(picked(hidden, places if mask is None else places[mask])), -1)
 
     def next_logits(self, token_ids: Tensor, positions: Tensor, look: Attend, last: Tensor | None) -> Tensor:
         """Logits after each token of a list, (N, W), or after those at the places `last`.
@@ -203,7 +209,7 @@ class Llama(nn.Module):
         if mask is None:
             ends = torch.tensor([end for _, end in spans or [(0, places.shape[1])] * len(places)])
             mask = torch.arange(places.shape[1], device=places.device) < ends.to(places.device)[:, None]
-        hidden, targets = hidden[places[mask]], target_ids[mask]
+        hidden, targets = picked(hidden, places[mask]), target_ids[mask]
         if alike and (temperature, top_k, top_p) != (1.0, 0, 1.0):
             raise ValueError(f"alike needs temperature 1, no truncation, got {temperature}, {top_k}, {top_p}")
         weight = self.lm_head.weight

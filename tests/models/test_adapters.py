@@ -13,6 +13,7 @@ from nanopost.models.adapters import mixed_lora_forward, route
 from nanopost.models.lora import lora_forward
 from tests.pages import scalar
 from tests.ragged import normal
+from tests.tolerances import within
 
 seeds = st.integers(0, 2**31)
 # rows, tokens, out, in, r, adapters
@@ -50,7 +51,7 @@ def test_MX2_a_row_is_the_row_alone(size: tuple[int, ...], dtype: torch.dtype) -
         assert torch.equal(found[b : b + 1], alone)
         if dtype == torch.float64:
             beside = lora_forward(hidden[b], weight, lora_A[i], lora_B[i], alpha=3.0)
-            torch.testing.assert_close(found[b], beside, rtol=1e-12, atol=1e-11)
+            within("adapters, float64", found[b], beside)
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, 1e300])
@@ -105,7 +106,7 @@ def test_MX5_order_and_a_single_adapter(size: tuple[int, ...], seed: int) -> Non
     for i in range(len(lora_A)):
         same = mixed_lora_forward(hidden, weight, lora_A, lora_B, torch.full_like(adapter, i), alpha=0.7)
         expected = lora_forward(hidden, weight, lora_A[i], lora_B[i], alpha=0.7)
-        torch.testing.assert_close(same, expected, rtol=1e-12, atol=1e-11)
+        within("adapters, float64", same, expected)
 
 
 @pytest.mark.parametrize("stable", [False, True])

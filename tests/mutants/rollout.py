@@ -20,6 +20,15 @@ MUTANTS = [
         killer=f"{MODEL_TESTS}::test_logps_have_the_temperature_of_the_sampler",
     ),
     Mutant(
+        name="gradients-added-as-threads-get-there",
+        source="our own",
+        story="On two threads the gradients of a group's first tokens add up in any order: other bits.",
+        file=LLAMA,
+        before="    return F.embedding(places, hidden)",
+        after="    return hidden[places]",
+        killer=f"{MODEL_TESTS}::test_no_sum_of_the_backward_pass_hangs_on_threads",
+    ),
+    Mutant(
         name="sampler-records-raw-log-probs",
         source="trl#4159",
         story="The sampler gives back log-probs before temperature and truncation, not those it drew from.",

@@ -17,6 +17,7 @@ from nanopost.rollout import sampler
 from nanopost.rollout.draw import draw
 from nanopost.rollout.sampler import row_uniforms, sample
 from tests.tiny import tiny_model
+from tests.tolerances import within
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [4], [15, 3]]
 STOPS = (1, 2)
@@ -56,20 +57,22 @@ def test_trainer_scores_what_the_sampler_recorded_at_every_temperature(model, te
     logps, old_logps = scored(
         model, rollouts(model, temperature=temperature, **scope), temperature=temperature, **scope
     )
-    torch.testing.assert_close(logps, old_logps, rtol=0, atol=1e-9)
+    within("sampler against trainer, float64", logps, old_logps)
     ratio = (logps - old_logps).exp()
-    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-9)
+    within("sampler against trainer, float64", ratio, torch.ones_like(ratio))
     assert old_logps.min() < -0.1  # not a point mass
 
 
 @pytest.mark.parametrize("scope", [{}, {"top_k": 5, "top_p": 0.8}])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_trainer_and_sampler_agree_to_1e_5_in_float32(tmp_path, temperature, scope):
+def test_trainer_and_sampler_agree_in_float32_and_in_bfloat16(tmp_path, temperature, scope):
     model = tiny_model(tmp_path, dtype=torch.float32, scale=1.5)
-    logps, old_logps = scored(
-        model, rollouts(model, temperature=temperature, **scope), temperature=temperature, **scope
-    )
-    torch.testing.assert_close(logps, old_logps, rtol=0, atol=1e-5)
+    scope = {**scope, "temperature": temperature}
+    within("sampler against trainer, float32", *scored(model, rollouts(model, **scope), **scope))
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        logps, old_logps = scored(model, rollouts(model, **scope), **scope)
+    within("sampler against trainer, bfloat16", logps, old_logps)
+    assert not torch.equal(logps, old_logps)
 
 
 @given(
@@ -84,8 +87,7 @@ def test_a_row_alone_equals_the_row_in_any_batch_and_any_number_of_slots(
         alone = rollouts(model, [PROMPTS[i]], keys=[i], temperature=temperature)
         for a, b in zip(alone, together[place * 3 : place * 3 + 3], strict=True):
             assert a.completion_ids == b.completion_ids and a.finish_reason == b.finish_reason
-            torch.testing.assert_close(a.old_logps, b.old_logps, rtol=0, atol=1e-9)
-            torch.testing.assert_close(a.entropies, b.entropies, rtol=0, atol=1e-9)
+            within("row in a batch, float64", [b.old_logps, b.entropies], [a.old_logps, a.entropies])
 
 
 def test_samples_of_a_group_have_their_own_first_token(model):
@@ -171,7 +173,7 @@ def test_steps_that_are_replayed_say_the_same(model, monkeypatch):
     assert {n for n, _ in widths} == {40} and max(most for _, most in widths) <= 39
     for a, b in zip(found, expected, strict=True):
         assert a.completion_ids == b.completion_ids and a.finish_reason == b.finish_reason
-        torch.testing.assert_close(a.old_logps, b.old_logps, rtol=0, atol=1e-9)
+        within("row in a batch, float64", a.old_logps, b.old_logps)
 
 
 def test_columns_grow_by_powers_of_two_where_steps_are_replayed(tmp_path, monkeypatch):
@@ -281,7 +283,7 @@ def test_new_weights_are_seen_at_once(model):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(3)
     logps, old_logps = scored(model, rollouts(model))
-    torch.testing.assert_close(logps, old_logps, rtol=0, atol=1e-9)
+    within("sampler against trainer, float64", logps, old_logps)
     assert [r.completion_ids for r in before] != [r.completion_ids for r in rollouts(model)]
 
 

@@ -21,6 +21,7 @@ from nanopost.models.weights import load_model
 from tests.digits import digit_policy, write_lines
 from tests.ranks import run_script
 from tests.tiny import hub_folder
+from tests.tolerances import within
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 TIMES = ("rollout_s", "verify_s", "train_s", "seconds")
@@ -88,7 +89,7 @@ def test_the_folder_is_the_base_with_the_adapter_beside_it(start, runs, name):
     bare = load_score_model(start["model"]) if name == "reward" else load_model(start["model"])
     unmoved = bare(IDS).detach()
     said = load_adapter(bare, folder / "adapter")(IDS).detach()
-    torch.testing.assert_close(answers(name, folder), said, rtol=0, atol=1e-5)
+    within("merged adapter, float32", answers(name, folder), said)
     assert (said - unmoved).abs().max() > 1e-3
     kept = json.loads((folder / "adapter/adapter_config.json").read_text())
     assert (kept["r"], kept["lora_alpha"], kept["lora_dropout"]) == (2, 8.0, 0.0)
@@ -99,7 +100,7 @@ def test_ppos_critic_has_an_adapter_of_its_own(start, runs):
     folder = runs["ppo"] / "critic"
     critic = load_adapter(load_score_model(start["model"]), folder / "adapter")
     values = critic(IDS).detach()
-    torch.testing.assert_close(load_score_model(folder)(IDS).detach(), values, rtol=0, atol=1e-5)
+    within("merged adapter, float32", load_score_model(folder)(IDS), values)
     assert values.abs().max() > 1e-4
 
 
@@ -180,7 +181,7 @@ def test_four_bits_are_frozen_and_merged_as_what_they_stand_for(start, tmp_path)
     train(start, "sft", tmp_path / "run", "--lora-rank", "2", "--lora-nf4", "--lora-targets", "mlp")
     layers = load_model(start["model"], four_bits=TARGETS["mlp"])
     said = load_adapter(layers, tmp_path / "run/model/adapter")(IDS).detach()
-    torch.testing.assert_close(answers("sft", tmp_path / "run/model"), said, rtol=0, atol=1e-5)
+    within("merged adapter, float32", answers("sft", tmp_path / "run/model"), said)
     full = load_adapter(load_model(start["model"]), tmp_path / "run/model/adapter")(IDS).detach()
     assert (said - full).abs().max() > 1e-3  # the sixteen levels are not the weights
 
@@ -213,8 +214,7 @@ def test_ranks_change_nothing(start, runs, tmp_path, name, nf4):
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         ours, theirs = (load_file(run / "model" / file) for run in (one, tmp_path / "two"))
         assert ours.keys() == theirs.keys()
-        for key in ours:
-            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=5e-6)
+        within("world sizes, float32", theirs, ours)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from nanopost.models.heads import load_score_model, save_score_model
 from tests.digits import digit_policy, write_lines
 from tests.ranks import run_script, run_until
 from tests.tiny import hub_folder
+from tests.tolerances import within
 
 TIMES = ("rollout_s", "verify_s", "train_s", "seconds")
-TOLERANCES = {"float64": 1e-13, "float32": 5e-6}
 IN_A_ROW = """
 import inspect, json, runpy, sys
 import torch
@@ -113,19 +113,14 @@ def test_ranks_take_the_steps_of_one_process(runs: Runs, name: str, dtype: str, 
     one, several = (runs(dtype, n) / name for n in (1, ranks))
     told, expected = (metrics.read_records(run) for run in (several, one))
     assert len(told) == 2 and expected[0]["grad_norm"] > 1e-3
-    near = {"rel": TOLERANCES[dtype], "abs": TOLERANCES[dtype]}
-    for ours, theirs in zip(told, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            close = pytest.approx(value, **near) if isinstance(value, float) else value
-            assert key in TIMES or ours[key] == close, key
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in rows] for rows in (told, expected)
+    )
+    within(f"world sizes, {dtype}", ours, theirs)
     for file in ("model/model.safetensors", *(["critic/model.safetensors"] if name == "ppo" else [])):
-        weights = load_file(several / file)
-        for key, tensor in load_file(one / file).items():
-            assert tensor.dtype == getattr(torch, dtype)
-            torch.testing.assert_close(
-                weights[key], tensor, rtol=near["rel"], atol=near["abs"], msg=lambda m, k=key: f"{k}: {m}"
-            )
+        weights, tensors = load_file(several / file), load_file(one / file)
+        assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+        within(f"world sizes, {dtype}", weights, tensors)
 
 
 # ---- a rank that is gone

@@ -1,6 +1,8 @@
-"""Runs that are killed, stopped and started twice: what is on disk afterwards, and what goes on from it."""
+"""Runs that are stopped, cut and started twice: what is on disk afterwards, and what goes on from it.
 
-import json
+Runs of every script that are killed at random: test_same_bits.py.
+"""
+
 import os
 import signal
 import subprocess
@@ -17,8 +19,8 @@ from nanopost import checkpoint, metrics
 from tests.forks import start_python
 from tests.ranks import ROOT, run_script
 from tests.tiny import hub_folder, write_chats
+from tests.tolerances import within
 
-KILLS = 100 if os.environ.get("NANOPOST_EXAMPLES") is None else 1000
 STEPS = 12
 
 
@@ -54,9 +56,7 @@ def told(run: Path) -> list[dict]:
 
 def same(run: Path, straight: Path) -> None:
     """Bit for bit the run that nothing happened to: the model, and every number of every step."""
-    ours, theirs = weights(run), weights(straight)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert told(run) == told(straight)
+    within("resumed, same world size", [weights(run), told(run)], [weights(straight), told(straight)])
 
 
 def newest(run: Path) -> int:
@@ -64,51 +64,6 @@ def newest(run: Path) -> int:
     states = sorted((run / "state").glob("step_*")) if (run / "state").exists() else []
     assert not [flaw for flaw in map(checkpoint.flaw, states) if flaw]
     return int(states[-1].name.removeprefix("step_")) if states else 0
-
-
-KILLED = """
-import json, os, random, runpy, signal, sys, time
-from pathlib import Path
-from nanopost import checkpoint, config, metrics
-from tests.scripts.test_survive import newest
-folder, kills, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-names = runpy.run_path("train_sft.py", run_name="train_sft")
-names["export"].offer_report = lambda run: run  # drawing takes longer than all else
-def begin(run):
-    if not (child := os.fork()):
-        names["main"](config.parse(names["Config"], [*sys.argv[4:], "--out", str(run), "--resume"]))
-        sys.stdout.flush()
-        os._exit(0)
-    return child
-start = time.perf_counter()
-assert os.waitpid(begin(folder / "first"), 0)[1] == 0
-lasts, rng, killed, places, runs = time.perf_counter() - start, random.Random(0), 0, set(), []
-while killed < kills:
-    runs.append(run := folder / f"run{len(runs)}")
-    while True:
-        before, child = newest(run), begin(run)
-        time.sleep(rng.uniform(0, 1.3 * lasts))
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            assert status == 0, status
-            break
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        killed += 1
-        done = len(metrics.read_records(run))
-        places.add((done, (run / "model").exists()))
-        assert newest(run) >= max(before, done - 1), (newest(run), before, done)
-print(json.dumps([str(run) for run in runs]))
-assert {0, steps} < {done for done, _ in places} and len(places) > 4, places
-"""
-
-
-def test_killed_at_any_moment_nothing_is_lost(start, straight, tmp_path):
-    """SIGKILL at random: every state on disk is whole, at most one step is lost, the end is the same."""
-    command = ["-c", KILLED, str(tmp_path), str(KILLS), str(STEPS), *start[1:]]
-    *_, runs = run_script(command, ranks=1, limit=3 * KILLS).splitlines()
-    for run in json.loads(runs):
-        same(Path(run), straight)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -154,9 +109,8 @@ def test_every_rank_leaves_when_one_is_asked(start, straight, tmp_path):
     run_script(["-c", program, *command], ranks=2)
     assert newest(run) == len(metrics.read_records(run)) == 5
     run_script([*command, "--resume"], ranks=1)
-    ours, theirs = weights(run), weights(straight)
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)
+    found, expected = [weights(run), told(run)], [weights(straight), told(straight)]
+    within("resumed, other world size, float32", found, expected)
 
 
 def test_a_second_trainer_is_refused(start, straight, tmp_path):
@@ -188,7 +142,7 @@ def test_a_broken_state_is_named_and_the_one_before_is_taken(start, straight, tm
 
 
 CUT = """
-import os, sys
+import errno, os, sys
 from pathlib import Path
 import torch
 from nanopost import checkpoint, optim, shards
@@ -200,7 +154,7 @@ def hurt(function, at):
         if calls - 1 == at:
             if how == "kill":
                 os._exit(9)
-            raise OSError(28, "No space left on device")
+            raise OSError(getattr(errno, how), how)
         return function(*args, **options)
     return call
 def save(at):
@@ -210,7 +164,7 @@ def save(at):
     try:
         checkpoint.save_state(where, 2, model, optimizer, keep=1)
     except OSError as error:
-        assert error.errno == 28
+        assert error.errno == getattr(errno, how)
         os._exit(28)
     os._exit(0)
 model = torch.nn.Linear(3, 2)
@@ -234,9 +188,9 @@ assert seen == {("step_000001",), ("step_000001", "step_000002"), ("step_000002"
 """
 
 
-@pytest.mark.parametrize("how", ["kill", "full"])
+@pytest.mark.parametrize("how", ["kill", "ENOSPC", "EIO"])
 def test_a_save_that_is_cut_at_any_call_leaves_a_whole_state(tmp_path, how):
-    """SIGKILL's and a full disk's every boundary: each call to the file system that a save makes."""
+    """Each call to the file system that a save makes is where it is killed, or the disk is full or broken."""
     run_script(["-c", CUT, str(tmp_path), how], ranks=1)
 
 

@@ -30,6 +30,7 @@ from nanopost.rollout.types import Rollout
 from tests.chat_fixtures import byte_tokenizer, make_chat
 from tests.ranks import run_script
 from tests.tiny import TINY, hub_folder, write_chats
+from tests.tolerances import within
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("text", "logits", "on-policy")
@@ -432,12 +433,9 @@ def test_micro_batches_and_ranks_change_nothing(shared_out, start, mode):
     one, first = shared_out / f"{mode}-one", weights(shared_out / f"{mode}-one")
     before = load_file(start[0] / "model.safetensors")
     assert all((first[name] - before[name]).abs().max() > 1e-3 for name in before)  # everything was trained
-    for other in ("micro", "ranks"):
-        run = shared_out / f"{mode}-{other}"
-        for a, b in zip(records(run), records(one), strict=True):
-            assert a == pytest.approx(b, rel=5e-6, abs=5e-6)
-        for name, tensor in weights(run).items():
-            torch.testing.assert_close(tensor, first[name], rtol=0, atol=5e-6)
+    micro, ranks = (shared_out / f"{mode}-{other}" for other in ("micro", "ranks"))
+    within("micro-batches, float32", [weights(micro), records(micro)], [first, records(one)])
+    within("world sizes, float32", [weights(ranks), records(ranks)], [first, records(one)])
     if mode == "text":
         text = (one / "teacher.jsonl").read_bytes()
         assert (shared_out / "text-ranks/teacher.jsonl").read_bytes() == text

@@ -15,6 +15,7 @@ from tests.chat_fixtures import make_chat
 from tests.digits import digit_policy, write_lines
 from tests.ranks import run_script
 from tests.tiny import hub_folder
+from tests.tolerances import within
 
 TIMES = ("rollout_s", "verify_s", "train_s")
 
@@ -119,12 +120,12 @@ def test_micro_batches_and_ranks_change_nothing(start, tmp_path, variant):
     train(start, tmp_path / "micro", *flags, "--micro-batch", "5")
     train(start, tmp_path / "slots", *flags, "--slots", "3")
     train(start, tmp_path / "ranks", *flags, ranks=2)
-    reference = weights(tmp_path / "one")
-    for other in ("micro", "slots", "ranks"):
-        for a, b in zip(records(tmp_path / other), records(tmp_path / "one"), strict=True):
-            assert a == pytest.approx(b, abs=5e-6)
-        for name, tensor in weights(tmp_path / other).items():
-            torch.testing.assert_close(tensor, reference[name], rtol=0, atol=5e-6)
+    one, micro, slots, ranks = (
+        [weights(tmp_path / name), records(tmp_path / name)] for name in ("one", "micro", "slots", "ranks")
+    )
+    within("micro-batches, float32", micro, one)
+    within("micro-batches, float32", slots, one)
+    within("world sizes, float32", ranks, one)
 
 
 def test_a_record_drawn_twice_in_a_step_is_sampled_twice(start, tmp_path):

@@ -27,6 +27,7 @@ from nanopost.evals.rollouts import completion_scores
 from nanopost.models.heads import load_score_model
 from tests.ranks import ROOT, run_script
 from tests.tiny import hub_folder
+from tests.tolerances import within
 
 Folder = dict[str, Path]
 AUDIT = [("calm", "one good", "two bad"), ("calm", "to good", "bad"), ("terse", "good", "add one to two bad")]
@@ -233,6 +234,7 @@ def test_gradients_clipped_to_nothing_leave_the_decay_of_matrices(start, learnt,
 
 
 KINDS = ("pairs", "attributes", "steps")
+SLOW = ["--lr", "1e-3"]  # a step of Adam makes of a gradient's last digits the learning rate's
 # Several runs in one process group: importing torch takes longer than they do.
 RUNS = """
 import json, runpy, sys
@@ -256,27 +258,25 @@ def odd(start: Folder, tmp_path_factory: pytest.TempPathFactory) -> Folder:
         odd[f"{kind}_test"] = folder / f"{kind}.jsonl"
         odd[f"{kind}_test"].write_text("\n".join(lines) + "\n")
         for name, size in (("one", 32), ("micro", 3)):
-            train(odd, folder / f"{kind}-{name}", "--steps", 3, "--micro-batch", size, kind=kind)
+            flags = ["--steps", 3, "--micro-batch", size, *SLOW]
+            train(odd, folder / f"{kind}-{name}", *flags, kind=kind)
     return {**odd, "runs": folder}
 
 
 @pytest.fixture(scope="module")
 def ranks(odd: Folder) -> None:
     """The same on two ranks."""
-    flags, commands = ["--steps", 3, "--micro-batch", 3, "--eval-every", 2], []
+    flags, commands = ["--steps", 3, "--micro-batch", 3, "--eval-every", 2, *SLOW], []
     for kind in KINDS:
         out = odd["runs"] / f"{kind}-ranks"
         commands.append(["train_reward.py", *flags_of(odd, out, *flags, kind=kind)])
     run_script(["-c", RUNS, json.dumps(commands)], ranks=2)
 
 
-def close(value: object) -> object:
-    """The same numbers up to the rounding of float32, at any depth."""
-    if isinstance(value, dict):
-        return {name: close(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [close(item) for item in value]
-    return pytest.approx(value, rel=1e-3, abs=2e-5) if isinstance(value, float) else value
+def parted(rows: list[dict]) -> list[list[dict]]:
+    """Pearson's correlations alone, and what is left without them."""
+    told = [[(name, "length_correlation" in name, value) for name, value in row.items()] for row in rows]
+    return [[{n: x for n, own, x in row if own == part} for row in told] for part in (True, False)]
 
 
 @pytest.mark.parametrize("other", ["micro", "ranks"])
@@ -291,9 +291,13 @@ def test_micro_batches_and_ranks_change_nothing(odd, request, kind, other):
     assert ("eval_audit_calm" in first[2]) == (kind == "pairs")
     if other == "ranks":  # it has looked at step 2 as well
         told[1] = {name: value for name, value in told[1].items() if not name.startswith("eval_")}
-    assert told == [close(record) for record in first] and evaluation(two) == close(evaluation(one))
-    for name, tensor in weights(two).items():
-        torch.testing.assert_close(tensor, weights(one)[name], rtol=0, atol=2e-5)
+    (found, told), (expected, first) = parted([*told, evaluation(two)]), parted([*first, evaluation(one)])
+    within("correlations, float32", found, expected)
+    found, expected = [weights(two), told], [weights(one), first]
+    if other == "ranks":
+        within("world sizes, float32", found, expected)
+    else:
+        within("micro-batches, float32", found, expected)
 
 
 def test_a_pair_and_an_outcome_are_read_at_their_own_last_token(start, learnt, tmp_path):

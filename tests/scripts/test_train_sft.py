@@ -16,6 +16,7 @@ from nanopost.data.schema import read_jsonl
 from nanopost.models.weights import load_model
 from tests.ranks import run_script
 from tests.tiny import hub_folder, write_chats
+from tests.tolerances import within
 
 
 @pytest.fixture
@@ -92,21 +93,15 @@ def test_micro_batches_and_ranks_change_nothing(start, tmp_path):
     first = tmp_path / "first.jsonl"  # with two ranks, one has no share of the evaluation
     first.write_text(start[1].read_text().splitlines()[0] + "\n")
     train(start, tmp_path / "one", "--eval-data", str(first))
-    train(start, tmp_path / "micro", "--micro-batch", "3")
+    train(start, tmp_path / "micro", "--micro-batch", "3", "--eval-data", str(first))
     train(start, tmp_path / "ranks", "--micro-batch", "2", "--eval-data", str(first), ranks=2)
     reference, before = weights(tmp_path / "one"), load_file(start[0] / "model.safetensors")
     assert all(
         (reference[name] - before[name]).abs().max() > 1e-3 for name in before
     )  # everything was trained
-    for other in ("micro", "ranks"):
-        for name, tensor in weights(tmp_path / other).items():
-            torch.testing.assert_close(
-                tensor, reference[name], rtol=0, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}"
-            )
-        for a, b in zip(records(tmp_path / other), records(tmp_path / "one"), strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], abs=5e-6) and a["tokens"] == b["tokens"]
-    evaluated = [records(tmp_path / name)[-1]["eval_loss"] for name in ("one", "ranks")]
-    assert evaluated[1] == pytest.approx(evaluated[0], abs=5e-6)
+    found = {name: [weights(tmp_path / name), records(tmp_path / name)] for name in ("one", "micro", "ranks")}
+    within("micro-batches, float32", found["micro"], found["one"])
+    within("world sizes, float32", found["ranks"], found["one"])
 
 
 def test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens(start, tmp_path):
