@@ -67,9 +67,8 @@ class ScoreModel(nn.Module):
         if not ((lengths >= 1) & (lengths <= input_ids.shape[1])).all():
             raise ValueError(f"lengths must lie in [1, {input_ids.shape[1]}], got {lengths.tolist()}")
         hidden, places = self.model.rows(input_ids, [(0, length) for length in lengths.tolist()])
-        return read(
-            self.score, picked(hidden, places[torch.arange(len(places), device=places.device), lengths - 1])
-        )
+        last = places[torch.arange(len(places), device=places.device), lengths - 1]
+        return read(self.score, picked(hidden, last))
 
 
 class ActorCritic(Llama):

@@ -12,7 +12,7 @@ TEST_HEADS, TEST_AUDIT = "tests/models/test_heads.py", "tests/evals/test_audit.p
 TEST_SCRIPT, TEST_ROLLOUTS = "tests/scripts/test_train_reward.py", "tests/evals/test_rollouts.py"
 LAST = f"{TEST_HEADS}::test_a_score_is_that_of_the_row_alone_at_its_last_token_whatever_the_padding"
 READ = "torch.arange(len(places), device=places.device), lengths - 1]"
-SPANS = "[(0, length) for length in lengths.tolist()])\n        return read(self.score, hidden[places["
+SPANS = "[(0, length) for length in lengths.tolist()])\n        last = places["
 
 MUTANTS = [
     Mutant(
@@ -57,7 +57,7 @@ MUTANTS = [
         story="The last column is read: a short answer's score is that of its padding.",
         file=HEADS,
         before=SPANS + READ,
-        after="None)\n        return read(self.score, hidden[places[:, -1]",
+        after="None)\n        last = places[:, -1]",
         killer=LAST,
     ),
     Mutant(
@@ -65,8 +65,8 @@ MUTANTS = [
         source="slime#1928",
         story="The critic's output is divided by the sampler's temperature, as logits are.",
         file=HEADS,
-        before="        return _only(read(self.score, hidden[places]))\n",
-        after="        return _only(read(self.score, hidden[places]) / 0.7)\n",
+        before="        return _only(read(self.score, picked(hidden, places)))\n",
+        after="        return _only(read(self.score, picked(hidden, places)) / 0.7)\n",
         killer=f"{TEST_HEADS}::test_policy_and_critic_share_a_trunk[False]",
     ),
     Mutant(
