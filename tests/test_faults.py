@@ -10,7 +10,8 @@ from torch import nn
 
 from nanopost import checkpoint, distributed, faults, metrics, optim
 from nanopost.data.schema import Sample
-from tests.ranks import run_function
+from tests import small_runs
+from tests.ranks import run_function, run_script
 from tests.test_checkpoint import Model, bits
 
 SAMPLES = [Sample((1, 2, 3), (False, True, True)), Sample((4,), (True,))]
@@ -163,3 +164,38 @@ def test_a_full_disk_is_told_and_training_goes_on(tmp_path, monkeypatch, capsys)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_000001"]
     faults.save_if_due(tmp_path, 3, 4, model, optimizer, **options)
     assert checkpoint.load_state(tmp_path, model, optimizer) == 3
+
+
+SCRIPTS = """
+import json, runpy, sys
+from nanopost import optim
+sys.argv, commands = sys.argv[:1], json.loads(sys.argv[1])
+clip = optim.clip_grad_norm
+def wrong(model, max_norm):
+    calls.append(model)
+    if len(calls) == 2:
+        raise FloatingPointError("gradient norm is nan")
+    return clip(model, max_norm)
+optim.clip_grad_norm = wrong
+for command in commands:
+    calls, sys.argv = [], command
+    runpy.run_path(command[0], run_name="__main__")
+"""
+
+
+def test_every_script_goes_on_behind_a_step_that_it_could_not_take(tmp_path):
+    """Its second update goes wrong: told, null where it has no number, kept with all its samples; then on."""
+    (tmp_path / "start").mkdir()
+    start = small_runs.begin(tmp_path / "start")
+    names = {name: tmp_path / name for name in small_runs.FLAGS}
+    commands = [small_runs.command(start, name, run, "--steps", "3") for name, run in names.items()]
+    printed = run_script(["-c", SCRIPTS, json.dumps(commands)], ranks=1, limit=120)
+    assert printed.count("was not taken: loss ") == len(names) == 6
+    for name, run in names.items():
+        norms = [record["grad_norm"] for record in metrics.read_records(run)]
+        lost = 0 if name == "ppo" else 1  # there a step clips policy and critic
+        assert [norm is None for norm in norms] == [step == lost for step in range(3)], name
+        (kept,) = (run / "skipped").iterdir()
+        rows = faults.read_skipped(kept)
+        assert len(rows) == {"dpo": 8, "reward": 8, "grpo": 8, "ppo": 8}.get(name, 4), name
+        assert (run / "model/model.safetensors").exists()
