@@ -35,9 +35,10 @@ from bench.inputs import STOP, token_rows
 from bench.memory import CONFIG
 from bench.ours import adapter_folder, model_folder, sft_step
 from nanopost.models.bank import add_to_bank, open_bank, remove_from_bank, seat
+from nanopost.models.header import shard_files
 from nanopost.models.llama import Llama
 from nanopost.models.peft import load_adapter
-from nanopost.models.weights import load_model, random_model, save_model, shard_files, write_config
+from nanopost.models.weights import load_model, random_model, save_model, write_config
 from nanopost.rollout.sampler import row_uniforms, sample
 
 RESULTS = Path(__file__).parent / "results"

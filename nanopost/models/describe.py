@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -159,14 +161,9 @@ def certificate(folder: str | Path, work: Path) -> Iterator[str]:
     if find_spec("transformers") is None:
         yield f"{what}      transformers is not installed"
         return
-    library, most = import_module("transformers"), ours.abs().max()
     for which, place in (("it", folder), ("what was written", work)):
-        try:
-            away = distance(ours, transformers_model(place, scores), ids, scores=scores)
-            told = f"reads {which}: {away:.2g} away, of {most:.2g}"
-        except Exception as error:  # another project may refuse in any way
-            told = f"refuses {which}: {' '.join(str(error).split())[:200]}"
-        yield f"{what}      transformers {library.__version__} {told}"
+        told = heard(which, ours, ids, partial(transformers_model, place, scores), scores=scores)
+        yield f"{what}      transformers {version('transformers')} {told}"
 
 
 def transformers_model(folder: str | Path, scores: int) -> Any:
@@ -180,10 +177,14 @@ def transformers_model(folder: str | Path, scores: int) -> Any:
     return model
 
 
-def distance(ours: Tensor, theirs: Any, ids: Tensor, *, scores: int) -> Tensor:
-    """How far their model is from what ours says: of a score model, at the last token."""
+def heard(what: str, ours: Tensor, ids: Tensor, load: Callable[[], Any], *, scores: int) -> str:
+    """How far their model is from what ours says (a score model at the last token), or why there is none."""
     wanted = ours[:, -1] if scores else ours
-    return (theirs(ids).logits[..., : wanted.shape[-1]] - wanted).abs().max()
+    try:
+        away = (load()(ids).logits[..., : wanted.shape[-1]] - wanted).abs().max()
+    except Exception as error:  # another project may refuse in any way
+        return f"refuses {what}: {' '.join(str(error).split())[:200]}"
+    return f"reads {what}: {away:.2g} away, of {wanted.abs().max():.2g}"
 
 
 def adapter_certificate(adapter: Path, ids: Tensor, merged: Tensor, *, scores: int) -> Iterator[str]:
@@ -202,10 +203,9 @@ def adapter_certificate(adapter: Path, ids: Tensor, merged: Tensor, *, scores: i
     if find_spec("transformers") is None or find_spec("peft") is None:
         yield "adapter     transformers and peft are not both installed"
         return
-    peft = import_module("peft")
-    theirs = peft.PeftModel.from_pretrained(transformers_model(base, scores), adapter)
-    away = distance(merged, theirs, ids, scores=scores)
-    yield f"adapter     peft {peft.__version__} reads it: {away:.2g} away"
+    peft = import_module("peft").PeftModel.from_pretrained
+    told = heard("it", merged, ids, lambda: peft(transformers_model(base, scores), adapter), scores=scores)
+    yield f"adapter     peft {version('peft')} {told}"
 
 
 def main(arguments: list[str] | None = None) -> None:
