@@ -92,6 +92,7 @@ def main(cfg: Config) -> None:
     least = dict.fromkeys(("prompts_per_step", "micro_batch", "minibatches", "max_new_tokens"), 1)
     least |= {"group_size": 2 - (variant.baseline in ("none", "batch")), "resample": 0, "overlong_cache": 0}
     config.at_least(cfg, f" with loss={variant.name}", steps=0, **least)
+    optim.schedule(0, steps=1, warmup=min(cfg.warmup, 1), kind=cfg.schedule, final=cfg.final_lr)
     if cfg.overlong_cache > cfg.max_new_tokens:
         raise ValueError(f"overlong_cache={cfg.overlong_cache} exceeds max_new_tokens={cfg.max_new_tokens}")
     if cfg.prompts_per_step % (ranks * cfg.minibatches):

@@ -93,6 +93,7 @@ def main(cfg: Config) -> None:
     least |= {"group_size": 1, "epochs": 1, "kl_target": 0, "value_clip": 0, "value_weight": 0}
     optim.steer_beta(variant.beta, 0.0, target=cfg.kl_target)  # a β that it cannot steer is refused here
     config.at_least(cfg, f" with loss={variant.name}", steps=0, **least)
+    optim.schedule(0, steps=1, warmup=min(cfg.warmup, 1), kind=cfg.schedule, final=cfg.final_lr)
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
         shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
         raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")

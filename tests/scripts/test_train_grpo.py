@@ -247,12 +247,7 @@ def test_bad_input_is_named(start, tmp_path):
         train(start, tmp_path / "other", "--minibatches", "3")
     with pytest.raises(AssertionError, match="warmup: expected 0 <= warmup <= steps, got warmup -1"):
         train(start, tmp_path / "other", "--warmup", "-1")
-    assert {path.name for path in (tmp_path / "other").iterdir()} == {
-        ".lock",
-        "args.json",
-        "env.json",
-        "preflight.json",
-    }  # no rollout
+    assert not (tmp_path / "other").exists()  # before a run folder is made, and no rollout
 
 
 def test_the_reference_reads_what_the_policy_writes(start, tmp_path):
