@@ -77,7 +77,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "distill": ("chats", [*batch, "--mode", "on-policy", "--teacher", other, "--hidden-weight", 0.5]),
     }
     told["distill"][1].extend(["--temperature", 1.3, "--max-new-tokens", 6])
-    fixed = ["--model", model, "--steps", 2, "--lr", 3e-3, "--threads", 1]
+    fixed = ["--model", model, "--steps", 2, "--lr", 1e-3, "--threads", 1]
     return {
         name: [str(x) for x in (*fixed, "--data", paths[kind], "--eval-data", first[kind], *own)]
         for name, (kind, own) in told.items()
