@@ -32,7 +32,14 @@ LIVELY = {
     "distill": ["distill", "--mode", "on-policy", *SAMPLING],
     "distill-text": ["distill", "--mode", "text", "--teacher", "{model}", *SAMPLING, "--samples", "2"],
 }
-LEFT_OUT = {"args.json", "env.json", "MANIFEST.json", "metrics.jsonl", "report.html"}  # paths, machine, times
+LEFT_OUT = {
+    "args.json",
+    "env.json",
+    "MANIFEST.json",
+    "metrics.jsonl",
+    "preflight.json",
+    "report.html",
+}  # hold times, paths
 Start = dict[str, Path]
 
 
