@@ -32,7 +32,8 @@ LIVELY = {
     "distill": ["distill", "--mode", "on-policy", *SAMPLING],
     "distill-text": ["distill", "--mode", "text", "--teacher", "{model}", *SAMPLING, "--samples", "2"],
 }
-LEFT_OUT = {"args.json", "env.json", "MANIFEST.json", "metrics.jsonl", "report.html"}  # paths, machine, times
+# Paths, times and what the machine is stand in these.
+LEFT_OUT = {"args.json", "env.json", "MANIFEST.json", "metrics.jsonl", "preflight.json", "report.html"}
 Start = dict[str, Path]
 
 

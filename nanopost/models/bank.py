@@ -44,16 +44,6 @@ class Seating:
     back: Tensor  # (N,) of each token: its place among the P · M
 
 
-class Seats(threading.local):
-    """Whose adapters the next pass has, in each thread apart: who shares a bank does not share seats."""
-
-    taken: Seating | None = None
-
-    def clear(self) -> None:
-        """Nobody sits."""
-        self.taken = None
-
-
 class MixedLinear(nn.Module):
     """x_t Wᵀ + b + s_i (x_t lora_A_iᵀ) lora_B_iᵀ, i the adapter of token t: a frozen layer and its adapters.
 
@@ -61,12 +51,15 @@ class MixedLinear(nn.Module):
     one tenant's NaN to everyone.
     """
 
-    def __init__(self, base: nn.Linear | NF4Linear, seats: Seats):
+    def __init__(self, base: nn.Linear | NF4Linear, seats: threading.local):
         super().__init__()
-        self.base, self.seats = base, seats  # the seats of the whole model: taken while a pass runs
+        self.base, self.seats = (
+            base,
+            seats,
+        )  # the whole model's, taken while a pass runs; each thread has its own
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # by name; the scale is in lora_B
-        self.stack: tuple[Any, Tensor, Tensor] | None = None
+        self.stack: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def hold(self, name: str, lora_A: Tensor, lora_B: Tensor) -> None:
         """Keep an adapter's factors, (r, in) and (out, r); r is 0 where it leaves this layer alone."""
@@ -81,7 +74,7 @@ class MixedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
-        if (seating := self.seats.taken) is None:
+        if (seating := getattr(self.seats, "taken", None)) is None:
             raise ValueError(
                 "no token has an adapter: seat(model, names) says which, and there is no default"
             )
@@ -101,12 +94,12 @@ class MixedLinear(nn.Module):
         key = (present, *((x.data_ptr(), x._version) for x in each))  # what was moved or changed is no hit
         held = self.stack  # another thread may put its own there meanwhile
         if held and held[0] == key and not any(x.requires_grad for x in each):
-            return held[1:]
+            return held[1]
         rank = max(len(lora_A) for lora_A, _ in factors)
         lora_A = torch.stack([F.pad(x, (0, 0, 0, rank - len(x))) for x, _ in factors])
         lora_B = torch.stack([F.pad(x, (0, rank - x.shape[1])) for _, x in factors])
         if not (lora_A.requires_grad or lora_B.requires_grad):
-            self.stack = key, lora_A, lora_B
+            self.stack = key, (lora_A, lora_B)
         return lora_A, lora_B
 
 
@@ -116,13 +109,13 @@ def open_bank(model: Llama) -> Llama:
     Returns:
         The same model. Every pass through it needs `seat` first, and uses the seats up: none can be stale.
     """
-    seats, bank = Seats(), dict[str, MixedLinear]()
+    seats, bank = threading.local(), dict[str, MixedLinear]()
     model.requires_grad_(False)
     for name in [name for name, _ in model.named_modules() if name.split(".")[-1] in TARGETS["all"]]:
         bank[name] = MixedLinear(model.get_submodule(name), seats)  # type: ignore[arg-type]
         model.set_submodule(name, bank[name])
     model.bank = bank  # type: ignore[assignment]
-    model.model.register_forward_hook(lambda *_: seats.clear(), always_call=True)
+    model.model.register_forward_hook(lambda *_: vars(seats).clear(), always_call=True)
     return model
 
 
