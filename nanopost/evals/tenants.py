@@ -36,7 +36,7 @@ def answers(
     *,
     max_new_tokens: int,
     audit: str | Path,
-) -> list[str]:
+) -> list[str | None]:
     """Greedy answers to requests of any tenants, in one batch whose rows have their own adapters.
 
     Args:
@@ -47,12 +47,18 @@ def answers(
         audit: the file that gets a record of each request before it is answered.
 
     Returns:
-        The answers, in the order of the requests.
+        The answers, in the order of the requests; None where an adapter's logits were not finite, which is no
+        other tenant's loss.
 
     Raises:
-        ValueError: a request that the table does not know, an adapter that is not in the store, has changed
+        ValueError: a request without a text or that the table does not know, an adapter that is not in the store, has changed
             or belongs beside another base: nothing is answered then.
     """
+    for request in requests:
+        if not isinstance(request.get("text"), str):
+            raise ValueError(
+                f"request {request.get('id')}: text must be a string, got {request.get('text')!r}"
+            )
     routes, now = read_table(table), datetime.now(UTC).isoformat()
     records = [audited(routes, request, time=now) for request in requests]
     chat, model = load_chat(base), open_bank(load_model(base))
@@ -64,7 +70,7 @@ def answers(
     adapters = [record["adapter"] for record in records]
     settings: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "seed": 0}
     drawn = complete(model, chat, asked, adapters=adapters, **settings)
-    return [decode(chat, rollout.completion_ids) for rollout in drawn]
+    return [None if r.finish_reason == "error" else decode(chat, r.completion_ids) for r in drawn]
 
 
 def costs(base: str | Path, store: str | Path, table: str | Path) -> dict[str, tuple[int, int]]:

@@ -140,14 +140,18 @@ def add_to_bank(model: Llama, name: str, folder: str | Path) -> None:
     """Put the adapter of a folder beside the others; nothing is changed when it does not fit.
 
     Raises:
-        ValueError: a name of other signs than letters, digits, _ and -, or one that is taken; what `peft.py`
-            refuses, by file and tensor.
+        ValueError: a name of other signs than letters, digits, _ and -, a word that torch's own modules use,
+            or one that is taken; what `peft.py` refuses, by file and tensor; a number that is not finite.
     """
     if not NAME.fullmatch(name):
         raise ValueError(f"name must consist of letters, digits, _ and -, got {name!r}")
+    if hasattr(nn.ParameterDict(), name):
+        raise ValueError(f"name must not be a word that torch's modules use, got {name!r}")
     if name in names_of(model):
         raise ValueError(f"the bank has an adapter {name} already; what a name stands for does not change")
     adapter, factors = read_factors(model, folder)
+    if wrong := sorted(key for key, tensor in factors.items() if not tensor.isfinite().all()):
+        raise ValueError(f"{folder}: {wrong[0]} has a number that is not finite")
     for layer_name, layer in layers(model).items():
         like = wide(layer.base.weight.new_empty(0))
         lora_A, lora_B = like.new_empty(0, layer.in_features), like.new_empty(layer.out_features, 0)

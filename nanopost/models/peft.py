@@ -34,7 +34,7 @@ ONLY = {  # keys with few values that are read, the first ours
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", "SEQ_CLS"),
     "bias": ("none",),
-    "modules_to_save": (None, ["score"]),
+    "modules_to_save": (None, ["score"], ["classifier", "score"]),  # peft names both; a decoder has the last
     "init_lora_weights": (True, False, "gaussian"),  # pissa, olora, loftq, … change the base as well
 }
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
@@ -112,7 +112,9 @@ def read_adapter(folder: str | Path) -> Adapter:
         return Adapter(
             rank=raw.get("r", 8),
             alpha=float(raw.get("lora_alpha", 8)),
-            targets=tuple(sorted(targets)),
+            targets=tuple(
+                sorted({target.split(".")[-1] for target in targets})
+            ),  # a layer that has none is told
             rank_stabilised=bool(raw.get("use_rslora", False)),
             dropout=float(raw.get("lora_dropout", 0.0)),
             ranks=raw.get("rank_pattern") or {},

@@ -31,11 +31,14 @@ def draw(
 
     Returns:
         Tokens (B,), and log-probs of the tokens and entropies of the distributions, nats, in
-        promote_types(dtype, float32).
+        promote_types(dtype, float32). A row whose logits are NaN or +∞ has some token, and NaN for its
+        log-prob: no other row is touched.
     """
     if temperature == 0:
-        zeros = wide(torch.zeros_like(uniforms, dtype=logits.dtype))
-        return logits.argmax(-1), zeros, zeros
+        tokens = logits.argmax(-1, keepdim=True)
+        best = logits.gather(1, tokens).squeeze(1)
+        zeros = wide(best - best)  # NaN where it is not finite
+        return tokens.squeeze(1), zeros, zeros
     scaled = wide(logits) if temperature == 1 else wide(logits) / temperature  # widened first, as in training
     scores = truncate_logits(scaled, top_k=top_k, top_p=top_p)
     scores = scores - scores.amax(-1, keepdim=True)
@@ -47,7 +50,7 @@ def draw(
     block = _first_above(ends, target := uniforms[:, None] * ends[:, -1:])
     inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).double().cumsum(-1)
     before = (ends - sums).gather(1, block)
-    tokens = block * BLOCK + _first_above(inside, target - before)
+    tokens = (block * BLOCK + _first_above(inside, target - before)).clamp_(max=weights.shape[1] - 1)
     total = ends[:, -1].log().to(scores.dtype)
     scores.clamp_(min=torch.finfo(scores.dtype).min)  # 0 · −∞ would be NaN
     mean = (weights * scores).sum(-1) / ends[:, -1].to(scores.dtype)
@@ -55,6 +58,10 @@ def draw(
 
 
 def _first_above(ends: Tensor, target: Tensor) -> Tensor:
-    """Of sums that only grow, (B, n), the first one above the target (B, 1), which is held below the last."""
+    """Of sums that only grow, (B, n), the first one above the target (B, 1), which is held below the last.
+
+    Of sums that are NaN it is the last.
+    """
     below = torch.nextafter(ends[:, -1:], torch.zeros_like(target))
-    return torch.searchsorted(ends, target.clamp(min=0.0).minimum(below), right=True)
+    found = torch.searchsorted(ends, target.clamp(min=0.0).minimum(below), right=True)
+    return found.clamp_(max=ends.shape[1] - 1)

@@ -151,13 +151,14 @@ def sample(
         deepest += ahead
 
     stopped = torch.isin(tokens.gather(1, said[:, None] - 1).squeeze(1), stops).tolist()
+    spoke = [bool(row[:n].isfinite().all()) for row, n in zip(old_logps.cpu(), said.tolist(), strict=True)]
     return [
         Rollout(
             prompt_ids=tuple(prompts[r // group_size]),
             completion_ids=tuple(tokens[r, :n].tolist()),
             old_logps=old_logps[r, :n].cpu(),
             entropies=entropies[r, :n].cpu(),
-            finish_reason="stop" if stopped[r] else "length",
+            finish_reason=("stop" if stopped[r] else "length") if spoke[r] else "error",
         )
         for r, n in enumerate(said.tolist())
     ]

@@ -18,7 +18,7 @@ class Rollout:
     completion_ids: tuple[int, ...]
     old_logps: Tensor  # (len(completion_ids),) nats, under the very distribution sampled from
     entropies: Tensor  # (len(completion_ids),) nats, of that distribution at each step
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "error"]  # error: its logits were not finite, no token counts
 
     @property
     def sample(self) -> Sample:

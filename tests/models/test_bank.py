@@ -82,6 +82,23 @@ def test_another_tenants_nan_changes_no_bit(folders):
     assert torch.equal(after[others], before[others])
 
 
+@pytest.mark.parametrize(
+    "scope", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 3, "top_p": 0.9}], ids=str
+)
+def test_another_tenants_nan_changes_no_answer(folders, scope):
+    """Its rows say that they mean nothing; every other row is sampled bit for bit as before."""
+    model, prompts = bank_of(folders), IDS.tolist()
+    uniforms = row_uniforms(seed=0, step=0, prompts=range(5), group_size=1, count=6)
+    options = {"max_new_tokens": 6, "stop_ids": [7], "uniforms": uniforms, "adapters": OWNERS, **scope}
+    before = sample(model, prompts, **options)
+    for layer in model.bank.values():
+        layer.lora_B["all"].mul_(1e300)  # finite, and its logits are not
+    for owner, ours, was in zip(OWNERS, sample(model, prompts, **options), before, strict=True):
+        assert (ours.finish_reason == "error") == (owner == "all") and was.finish_reason != "error"
+        if owner != "all":
+            assert ours.completion_ids == was.completion_ids and torch.equal(ours.old_logps, was.old_logps)
+
+
 def test_a_gradient_reaches_its_own_adapter_alone(folders):
     model = bank_of(folders)
     with torch.no_grad():
@@ -135,6 +152,14 @@ def test_names_are_never_given_to_another(folders):
         add_to_bank(model, "all", folders["attention"])
     with pytest.raises(ValueError, match=r"name must consist of letters, digits, _ and -, got 'a\.b'"):
         add_to_bank(model, "a.b", folders["all"])
+    with pytest.raises(ValueError, match="name must not be a word that torch's modules use, got 'training'"):
+        add_to_bank(model, "training", folders["all"])
+    path = folders["all"] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"][0, 0] = torch.inf
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"up_proj\.lora_A has a number that is not finite"):
+        add_to_bank(model, "broken", folders["all"])
     with pytest.raises(ValueError, match="the bank has no adapter nobody"):
         remove_from_bank(model, "nobody")
     logits(model, IDS, OWNERS)

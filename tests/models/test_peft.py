@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanopost.models.lora_model import Adapter, adapter_of, add_adapter
+from nanopost.models.lora_model import Adapter, adapter_of, add_adapter, layers_of
 from nanopost.models.peft import load_adapter, read_adapter, save_adapter
 from nanopost.models.weights import load_model
 from tests.models.golden import exact_transformers
@@ -46,6 +46,23 @@ def test_peft_reads_what_we_write_and_we_what_peft_writes(tmp_path, adapter):
     again = load_model(tmp_path / "base", dtype=torch.float64)
     load_adapter(again, tmp_path / "again")
     assert torch.equal(again(IDS), model(IDS))
+
+
+def test_targets_by_their_full_names_are_layers_too(tmp_path):
+    """As peft writes all-linear: every layer by its full name; or the names' ends. Heads it names twice."""
+    model = lively(add_adapter(base(tmp_path / "base"), ADAPTERS["all"], seed=0))
+    save_adapter(model, model.state_dict(), tmp_path, base=tmp_path / "base")
+    path, names = tmp_path / "adapter_config.json", [*layers_of(base(tmp_path / "base"), ADAPTERS["all"])]
+    raw = json.loads(path.read_text()) | {"modules_to_save": ["classifier", "score"]}
+    for targets in (names, [".".join(name.split(".")[-2:]) for name in names]):
+        path.write_text(json.dumps(raw | {"target_modules": targets}))
+        again = load_adapter(load_model(tmp_path / "base", dtype=torch.float64), tmp_path)
+        assert torch.equal(again(IDS), model(IDS))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    left = {key: x for key, x in tensors.items() if "layers.0.mlp.up_proj" not in key}
+    save_file(left, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj"):  # of the other layers alone
+        load_adapter(load_model(tmp_path / "base"), tmp_path)
 
 
 @pytest.mark.parametrize(
