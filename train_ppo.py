@@ -266,7 +266,8 @@ def main(cfg: Config) -> None:
             "grad_norm": max(norms, key=lambda norm: (norm != norm, norm)),
             **clock,
         }
-        trained.beta.fill_(optim.steer_beta(variant.beta, line["kl_ref"], target=cfg.kl_target))
+        kl = line["kl_ref"] + 0 * line["grad_norm"]  # NaN where a step was not taken: nothing to learn from
+        trained.beta.fill_(optim.steer_beta(variant.beta, kl, target=cfg.kl_target))
         last = step + 1 == cfg.steps
         if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
             line |= evaluate(step)

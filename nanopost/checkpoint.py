@@ -174,7 +174,7 @@ def flaw(folder: Path) -> str | None:
     path = folder / MANIFEST
     try:
         text, step = path.read_text(encoding="utf-8"), int(folder.name.removeprefix("step_"))
-        files = [file for file in folder.iterdir() if file.name != MANIFEST]
+        files = [file for file in folder.iterdir() if file.name != MANIFEST and file.name[0] != "."]
         kept, found = json.loads(text)["files"], _entries(files)
         for name in sorted({*kept, *found}):
             if kept.get(name) != found.get(name):

@@ -153,5 +153,8 @@ def _is_main() -> bool:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file in one move: a reader sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

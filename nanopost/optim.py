@@ -97,7 +97,7 @@ def steer_beta(beta: float, kl: float, *, target: float, gain: float = 0.1) -> f
         gain: K.
     Returns:
         The new weight: at most K/5 more or less, as a share; the same β where kl is the target, and where
-        it is NaN: a step that was not taken measured nothing.
+        it is not finite: a step that was not taken measured nothing.
     Raises:
         ValueError: a target below 0, or one for a β of 0.
     Reference: Ziegler et al. 2019, §2.2.
@@ -107,7 +107,7 @@ def steer_beta(beta: float, kl: float, *, target: float, gain: float = 0.1) -> f
     """
     if target < 0 or (target and not beta > 0):
         raise ValueError(f"kl_target: expected 0, or above 0 with beta above 0, got {target}, beta {beta}")
-    if not target or math.isnan(kl):
+    if not target or not math.isfinite(kl):
         return beta
     return beta * (1.0 + gain * max(-0.2, min(0.2, kl / target - 1.0)))
 

@@ -34,6 +34,9 @@ PACKAGES = ("nanopost", "torch", "numpy", "safetensors", "tokenizers", "jinja2",
 FREE = {"out", "eval_every", "save_every", "rollouts_every", "micro_batch", "slots"}
 
 
+LOADED = {".json", ".safetensors", ".jinja"}  # of a model's folder
+
+
 def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any]) -> Path:
     """Make the run folder and write down what is about to run.
 
@@ -53,16 +56,16 @@ def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any]) -> Path:
     """
     if config.plan:
         return Path(run)
-    told: list[Any] = [None]
+    told: list[OSError | ValueError | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             _open(Path(run), config, json.loads(json.dumps(dict(env))))
-        except ValueError as error:
-            told = [str(error)]
+        except (OSError, ValueError) as error:
+            told = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(told)
     if told[0]:
-        raise ValueError(told[0])
+        raise told[0]
     return Path(run)
 
 
@@ -71,9 +74,13 @@ def _open(run: Path, config: Any, env: dict[str, Any]) -> None:
     begun = (run / "metrics.jsonl").exists() or (run / "state").exists()
     if begun and not config.resume:
         raise ValueError(f"run: {run} holds a run already; pass --resume to go on or choose another folder")
-    known = config.resume and (run / "args.json").exists() and (run / "env.json").exists()
+    known = begun or any(
+        (run / name).exists() for name in ("teacher.jsonl", "logps")
+    )  # what steps start from
+    known = known and config.resume
     old = _read(run / "env.json") if known else {}
     before = _read(run / "args.json") if known else {}
+    env |= {"bf16": torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu")}
     env |= {"files": {name: _contents(path) for name, path in vars(config).items() if _is_input(name, path)}}
     changed = {name: [before[name], x] for name, x in arguments.items() if before.get(name, x) != x}
     files, found = old.get("files", {}), env["files"]
@@ -112,19 +119,21 @@ def _is_input(name: str, value: Any) -> bool:
 
 
 def _contents(path: Path) -> dict[str, str]:
-    """The SHA-256 of a file, or of each file of a folder that is not for readers alone, by name."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    """The SHA-256 of a file, or of each file of a folder that a model is read from, by name."""
+    folder = path.is_dir()
+    files = sorted(file for file in path.iterdir() if file.suffix in LOADED) if folder else [path]
     digests = {}
     for file in files:
-        if file.suffix != ".md" and not file.name.startswith("."):
-            with open(file, "rb") as opened:
-                digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+        with open(file, "rb") as opened:
+            digests[file.name if folder else "content"] = hashlib.file_digest(opened, "sha256").hexdigest()
     return digests
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is not there: nothing says what the run was started with") from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     return found
@@ -155,7 +164,6 @@ def _environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bf16": torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu"),
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
         "packages": versions,
         "commit": _commit(),

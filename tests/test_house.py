@@ -50,7 +50,7 @@ FLOORS: dict[str, set[str]] = {
     "kernels": {"losses"},
     "models": {"kernels", "losses"},
     "rollout": {"models", "kernels", "losses", "data.schema"},
-    "evals": {"rollout", "models", "kernels", "losses", "rewards", "data", "distributed", "plan"},
+    "evals": {"rollout", "models", "kernels", "losses", "rewards", "data", "distributed", "metrics", "plan"},
     "worlds": {"data", "rewards"},
     "plan": {"rollout", "models", "kernels", "losses"},
     "report_figures": set(),

@@ -15,7 +15,7 @@ import matplotlib
 import numpy
 import pytest
 
-from nanopost import metrics, report, report_figures
+from nanopost import config, metrics, report, report_figures, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 VOID = {"meta", "input", "br", "link", "img"}
@@ -55,8 +55,8 @@ SEEN = "12.8% 99.2% 6.2% 91.2% 4.2% 87.8% – 100.0% 0.0% 98.8% 22.2% 63.2% 18.4
 SEEN_TIMES = ["2 min 21 s", "59 s"]
 
 
-@dataclass
-class Config:
+@dataclass(frozen=True)
+class Config(config.Machine):
     model: str = "start/model"
     data: str = "<b>data</b>.jsonl"
     steps: int = 4
@@ -115,7 +115,7 @@ def row(line: int, advantage: float, tokens: list[str], **more: Any) -> dict[str
 
 
 def rl_run(folder: Path, steps: int = 4, **more: float) -> Path:
-    metrics.open_run(folder, Config(), env={"template": "abc123"}, resume=False)
+    runs.open_run(folder, Config(), env={"template": "abc123"})
     for step in range(steps):
         values: dict[str, Any] = {
             "reward": 0.25 + step / (8 * steps),
@@ -143,7 +143,7 @@ def rl_run(folder: Path, steps: int = 4, **more: float) -> Path:
 
 
 def sft_run(folder: Path, steps: int = 3) -> Path:
-    metrics.open_run(folder, Config(), env={}, resume=False)
+    runs.open_run(folder, Config(), env={})
     for step in range(steps):
         values = {
             "loss": 3.0 - step / steps,
@@ -159,7 +159,7 @@ def sft_run(folder: Path, steps: int = 3) -> Path:
 def run_of(
     folder: Path, records: list[dict[str, Any]], evaluation: dict[str, Any] | None = None, **args: Any
 ) -> Path:
-    metrics.open_run(folder, Config(), env={}, resume=False)
+    runs.open_run(folder, Config(), env={})
     if args:
         (folder / "args.json").write_text(json.dumps({"model": "m", "data": "d", **args}), encoding="utf-8")
     for step, values in enumerate(records):

@@ -55,7 +55,7 @@ def test_a_new_run_writes_down_what_runs(tmp_path, files):
     assert env["commit"] is None or len(env["commit"].split("-")[0]) == 40
     assert "changes" not in env
     assert env["files"]["data"] == {  # printf "{}\n" | sha256sum
-        "data.jsonl": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+        "content": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
     }
     assert [*env["files"]["model"]] == ["config.json", "model.safetensors", "tokenizer.json"]
     assert sorted(path.name for path in run.iterdir()) == [".lock", "args.json", "env.json"]
@@ -121,7 +121,7 @@ def test_a_file_is_what_it_holds_wherever_it_lies(tmp_path, files):
     begin(run, **files)
     metrics.write_record(run, 0, {})
     (tmp_path / "moved").mkdir()
-    moved = files["data"].rename(tmp_path / "moved/data.jsonl")
+    moved = files["data"].rename(tmp_path / "moved/renamed.jsonl")
     begin(run, data=moved, model=files["model"])
     assert read(run / "env.json")["changes"][0]["data"] == [str(files["data"]), str(moved)]
     with pytest.raises(
@@ -137,6 +137,24 @@ def test_a_value_the_first_start_did_not_tell_is_added(tmp_path):
     begin(tmp_path, env={"template": "abc", "sizes": (1, 2)})
     begin(tmp_path, env={"template": "abc", "later": 1})
     assert read(tmp_path / "env.json")["later"] == 1
+
+
+def test_a_start_that_left_nothing_to_go_on_from_binds_to_nothing(tmp_path):
+    begin(tmp_path, steps=0)  # the preflight alone
+    begin(tmp_path, steps=9, resume=True)
+    (tmp_path / "teacher.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"steps: .* was started with 9, this start has 3"):
+        begin(tmp_path, resume=True)
+
+
+def test_a_run_without_its_records_is_refused(tmp_path):
+    begin(tmp_path)
+    metrics.write_record(tmp_path, 0, {})
+    (tmp_path / "env.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"env\.json is not there: nothing says what the run was started with"
+    ):
+        begin(tmp_path)
 
 
 def test_a_record_that_does_not_read_is_named(tmp_path):

@@ -25,6 +25,7 @@ from nanopost.data.chat import Chat, decode, encode, load_chat, prompt_ids, prom
 from nanopost.data.preference import group_line, preference_line, read_groups
 from nanopost.data.schema import Candidate, Group, Provenance, Record, read_jsonl
 from nanopost.evals.verifier import Verifier, is_right, load_verifier
+from nanopost.metrics import replace_file
 from nanopost.models.weights import load_model
 from nanopost.rollout.pairs import RULES, build_labels, build_pairs, describe_pairs
 from nanopost.rollout.sampler import row_uniforms, sample
@@ -129,12 +130,8 @@ def count_tokens(group: Group, chat: Chat) -> Group:
 def sft_line(group: Group, candidate: Candidate, keep: str) -> dict[str, Any]:
     """A kept candidate as a prompt+completion record; what it was kept for stands beside it."""
     line = group_line(replace(group, candidates=(candidate,)))
-    return {
-        "prompt": line.pop("prompt"),
-        "completion": [{"role": "assistant", "content": candidate.text}],
-        "keep": keep,
-        **line,
-    }
+    said = [{"role": "assistant", "content": candidate.text}]
+    return {"prompt": line.pop("prompt"), "completion": said, "keep": keep, **line}
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -142,8 +139,8 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     if not lines:
         raise ValueError(f"{path}: there is nothing to write; the counts above say why")
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
+    told = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    replace_file(path, "".join(told).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

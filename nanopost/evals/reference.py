@@ -35,12 +35,6 @@ def sample_id(sample: Sample) -> str:
     return hashlib.sha256(array("q", sample.ids).tobytes() + bytes(sample.mask)).hexdigest()[:32]
 
 
-def data_id(path: str | Path) -> str:
-    """The name of a data set by its content: 32 hex digits of a SHA-256 over the file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-
-
 def write_logps(path: str | Path, logps: Mapping[str, Tensor], *, weights: str) -> None:
     """Write log-probs to a safetensors file, in one move.
 

@@ -51,8 +51,8 @@ def answers(
         other tenant's loss.
 
     Raises:
-        ValueError: a request without a text or that the table does not know, an adapter that is not in the store, has changed
-            or belongs beside another base: nothing is answered then.
+        ValueError: a request without a text or that the table does not know, an adapter that is not in the
+            store, has changed or belongs beside another base: nothing is answered then.
     """
     for request in requests:
         if not isinstance(request.get("text"), str):

@@ -174,7 +174,7 @@ def read_again(trained: Llama | ScoreModel, folder: Path, *, scores: int = 0) ->
     """
     ids = torch.arange(3, 35)[None] % words(folder, trained.config)
     wanted = trained(ids)
-    found = load_either(folder, scores, dtype=wanted.dtype)(ids)
+    found = load_either(folder, scores, dtype=next(trained.parameters()).dtype)(ids)
     if not torch.equal(found, wanted):
         what = "scores" if scores else "logits"
         raise ValueError(f"{folder}: read again, its {what} are {(found - wanted).abs().max():.2g} away")

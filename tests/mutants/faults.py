@@ -48,7 +48,7 @@ MUTANTS = [
         source="our own",
         story="min(.2, NaN) is .2: the step that measured nothing raises the KL's weight.",
         file="nanopost/optim.py",
-        before="    if not target or math.isnan(kl):",
+        before="    if not target or not math.isfinite(kl):",
         after="    if not target:",
         killer=f"{TEST}::test_a_controller_learns_nothing_from_it",
     ),
