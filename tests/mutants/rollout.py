@@ -87,8 +87,8 @@ MUTANTS = [
         source="our own",
         story="The block is found and forgotten: no word but those of the first block is ever drawn.",
         file=DRAW,
-        before="tokens = block * BLOCK + _first_above",
-        after="tokens = _first_above",
+        before="tokens = (block * BLOCK + _first_above",
+        after="tokens = (_first_above",
         killer=f"{SAMPLER_TESTS}::test_draws_find_their_word_in_any_block[65]",
     ),
     Mutant(
