@@ -23,8 +23,11 @@ demo-tenants: $(STAMP)
 
 test test-deep: export OMP_NUM_THREADS = 1
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+# Types are checked beside the tests: what either finds is the end's status.
+test: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"; found=$$?; wait $$types && exit $$found
 
 test-deep: lint
 	NANOPOST_EXAMPLES=100 $(BIN)/python -m pytest

@@ -66,6 +66,7 @@ def script() -> dict[str, Any]:
     return runpy.run_path(str(SCRIPT))
 
 
+@pytest.mark.slow
 def test_a_toy_run_measures_both_methods_and_draws(toy: tuple[Path, str]) -> None:
     folder, printed = toy
     results = json.loads((folder / "found.json").read_text(encoding="utf-8"))
@@ -84,6 +85,7 @@ def test_a_toy_run_measures_both_methods_and_draws(toy: tuple[Path, str]) -> Non
     assert (folder / "found.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")
 
 
+@pytest.mark.slow
 def test_what_the_results_have_is_not_run_again(toy: tuple[Path, str]) -> None:
     folder, first = toy
     before = (folder / "found.json").read_bytes()
@@ -93,6 +95,7 @@ def test_what_the_results_have_is_not_run_again(toy: tuple[Path, str]) -> None:
     assert printed.strip().splitlines()[-4:] == first.strip().splitlines()[-4:]  # the table
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(toy: tuple[Path, str], script: dict[str, Any]) -> None:
     folder, _ = toy
     with pytest.raises(SystemExit, match=r"made with other settings \(seeds\)"):

@@ -114,6 +114,6 @@ MUTANTS = [
         file=ATTENTION,
         before="(start + query).minimum(end - 1)",
         after="start + query",
-        killer="tests/models/test_families.py::test_a_row_alone_equals_the_row_in_a_batch[mistral-1]",
+        killer="tests/models/test_families.py::test_a_row_alone_equals_the_row_in_a_batch[mistral-1-dtype0]",
     ),
 ]

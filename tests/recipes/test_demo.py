@@ -28,8 +28,10 @@ def run_demo(out: Path, *flags: str) -> tuple[str, dict]:
 
 @pytest.mark.parametrize(
     ("flags", "stages"),
-    [([], ["base", "sft", "preference", "grpo", "student"]), (["--zero"], ["base", "grpo"])],
-    ids=["demo", "zero"],
+    [
+        pytest.param([], ["base", "sft", "preference", "grpo", "student"], id="demo"),
+        pytest.param(["--zero"], ["base", "grpo"], id="zero", marks=pytest.mark.slow),
+    ],
 )
 def test_tiny_demo_leaves_table_summary_and_report(tmp_path, flags, stages):
     printed, summary = run_demo(tmp_path / "run", "--settings", "recipes/demo/tiny.json", *flags)
