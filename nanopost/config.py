@@ -50,7 +50,7 @@ def parse(Config: type[C], argv: Sequence[str] | None = None) -> C:
             flag.
         argv: the arguments without the program's name; None takes those of the process.
     Returns:
-        The configuration. `--help` prints one screen and exits with 0; an unknown flag prints the near one
+        The configuration. `--help` prints every flag and exits with 0; an unknown flag prints the near one
         and exits with 2. A switch has one flag only: `--x` where the default is off, `--no-x` where it is on.
     """
     import tyro
