@@ -27,7 +27,7 @@ test test-deep: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"; found=$$?; wait $$types && exit $$found
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"; found=$$?; wait $$types && exit $$found
 
 test-deep: lint
 	NANOPOST_EXAMPLES=100 $(BIN)/python -m pytest

@@ -63,6 +63,7 @@ def start_of(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tiny_settings_leave_table_summary_and_report(tmp_path):
     out = tmp_path / "run"
     printed, summary = finished(out, "--sft", str(start_of(tmp_path / "demo")), *TINY)

@@ -259,6 +259,7 @@ def test_the_reference_reads_what_the_policy_writes(start, tmp_path):
         train(start, tmp_path / "run", "--ref-model", str(tmp_path / "stranger"))
 
 
+@pytest.mark.slow
 def test_gsm8k_as_it_is_published(shared, tmp_path):
     folder = hub_folder(tmp_path / "hub", max_position_embeddings=2048)
     flags = ["--verifier", "gsm8k", "--steps", "1", "--max-new-tokens", "8", "--prompts-per-step", "2"]

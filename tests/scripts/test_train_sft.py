@@ -149,6 +149,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(start, tmp_path):
         train(start, tmp_path / "run", "--batch-size", "7", ranks=2)
 
 
+@pytest.mark.slow
 def test_gsm8k_as_it_is_published(shared, tmp_path):
     folder = hub_folder(tmp_path / "hub", max_position_embeddings=2048)
     data = shared / "data/gsm8k/train.jsonl"
