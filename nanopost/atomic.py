@@ -1,5 +1,6 @@
-"""A folder that is there whole or not at all, whatever ends the process that fills it."""
+"""Folders and files that are there whole or not at all, whatever ends the process that writes them."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -55,8 +56,22 @@ def finish(temporary: Path, path: Path) -> None:
 
 
 def hidden(path: Path) -> Path:
-    """Where a folder is filled until it is whole."""
+    """Where a folder or a file is written until it is whole."""
     return path.with_name(f".{path.name}.tmp")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file in one move: a reader sees the old one or the new one."""
+    temporary = hidden(path)
+    temporary.write_bytes(data)
+    _fsync(temporary)
+    os.replace(temporary, path)
+
+
+def sha256(path: Path) -> str:
+    """The name of a file by its content: 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -13,22 +13,19 @@ started with. The manifest has size and SHA-256 of the other files, and comes la
 when all of it is as it was written; one that is not is named, put aside, and passed over for the one before.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from nanopost import atomic, shards
+from nanopost import atomic, distributed, shards
 
 Tensors = dict[str, torch.Tensor]
 MANIFEST = "MANIFEST.json"
@@ -43,7 +40,7 @@ def full_state(model: nn.Module) -> Tensors:
         Tensors by name, to be written at once: they may share the model's memory. Ranks but 0 get none.
     """
     gathered = ((name, _full(tensor)) for name, tensor in _state(model).items())
-    return {name: tensor for name, tensor in gathered if _is_main()}
+    return {name: tensor for name, tensor in gathered if distributed.is_main()}
 
 
 def save_state(
@@ -75,7 +72,7 @@ def save_state(
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     record = {"step": step, "groups": groups, "numbers": numbers, "torch": torch.__version__}
     path = Path(run) / "state" / f"step_{step:06d}"
-    ranks, here = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    ranks, here = distributed.world_size(), distributed.rank()
     part = f"-{here + 1:05d}-of-{ranks:05d}" if ranks > 1 else ""
 
     def write_part() -> dict[str, Any]:
@@ -95,14 +92,14 @@ def save_state(
         for older in _states(path.parent)[:-keep]:
             os.rename(older, older.with_name(f".{older.name}.gone"))  # a state is whole, or no state
         for left in [*path.parent.glob(".*.gone"), *path.parent.glob(".*.tmp")]:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)  # the state is in its place: the next save tidies again
 
     try:
-        _together(lambda: atomic.begin(path), main=True)
-        parts = _together(write_part)
-        _together(finish, main=True)
+        distributed.together(lambda: atomic.begin(path), main=True)
+        parts = distributed.together(write_part)
+        distributed.together(finish, main=True)
     except BaseException:
-        if _is_main():
+        if distributed.is_main():
             shutil.rmtree(atomic.hidden(path), ignore_errors=True)
         raise
 
@@ -120,7 +117,7 @@ def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimiz
         ValueError: there are states and none is whole (nothing is touched then), or names or shapes of the
             weights, or the optimiser's groups, are not the saved ones.
     """
-    folder = _together(lambda: _choose(Path(run)), main=True)[0]
+    folder = distributed.together(lambda: _choose(Path(run)), main=True)[0]
     if folder is None:
         return 0
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -140,7 +137,7 @@ def load_state(run: Path | str, model: nn.Module, optimizer: torch.optim.Optimiz
         name, key = entry.rsplit("/", 1)
         value = _moment(moments, entry, parameters[name]) if entry in moments else record["numbers"][entry]
         optimizer.state[parameters[name]][key] = value
-    _together(lambda: None)
+    distributed.barrier()
     return int(record["step"])
 
 
@@ -185,16 +182,11 @@ def flaw(folder: Path) -> str | None:
 
 
 def _entries(files: Iterable[Path]) -> dict[str, Any]:
-    return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    return {path.name: {"size": path.stat().st_size, "sha256": atomic.sha256(path)} for path in files}
 
 
 def _manifest(step: int, entries: dict[str, Any]) -> str:
     return json.dumps({"step": step, "files": dict(sorted(entries.items()))}, indent=2) + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _state(model: nn.Module) -> Tensors:
@@ -227,24 +219,3 @@ def _states(folder: Path) -> list[Path]:
     """Complete states, oldest first; a folder that was never renamed into place has another name."""
     found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def _is_main() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _together(act: Callable[[], Any], *, main: bool = False) -> list[Any]:
-    """What each rank's call returns, or rank 0's alone; what one raises, all raise."""
-    mine: tuple[Any, Exception | None]
-    try:
-        mine = act() if _is_main() or not main else None, None
-    except (OSError, ValueError, SafetensorError) as error:
-        mine = None, error if isinstance(error, (OSError, ValueError)) else OSError(str(error))
-    parts = [mine]
-    if dist.is_initialized():
-        parts *= dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-    for _, raised in parts:
-        if raised:
-            raise raised
-    return [result for result, _ in parts]

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -23,7 +23,7 @@ from nanopost.fsdp import bf16, device, gathered, shard
 
 __all__ = [
     "all_sum", "barrier", "bf16", "device", "due", "gathered", "is_main", "join_rows", "leave_if_asked",
-    "main_print", "rank", "setup", "shard", "shard_rows", "teardown", "world_size",
+    "main_print", "rank", "setup", "shard", "shard_rows", "teardown", "together", "world_size",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -179,6 +179,27 @@ def join_rows(rows: Sequence[T]) -> list[T]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, list(rows))
     return [row for part in parts for row in part]
+
+
+def together(act: Callable[[], Any], *, main: bool = False) -> list[Any]:
+    """What each rank's call returns; what one raises, all raise, so that none waits for another.
+
+    Args:
+        act: the call.
+        main: only rank 0 makes it; the others return None.
+    Raises:
+        OSError, ValueError: the first rank's that raised one.
+    """
+    mine: tuple[Any, Exception | None]
+    try:
+        mine = act() if is_main() or not main else None, None
+    except (OSError, ValueError) as error:
+        mine = None, error
+    parts = join_rows([mine])
+    for _, raised in parts:
+        if raised:
+            raise raised
+    return [result for result, _ in parts]
 
 
 def main_print(*values: object) -> None:

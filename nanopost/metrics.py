@@ -9,7 +9,6 @@ Plain files that `head`, `jq` and a spreadsheet read. Only rank 0 writes; every 
 import gzip
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
+
+from nanopost.atomic import replace_file
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -148,13 +149,3 @@ def _number(value: Any) -> str:
 
 def _is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file in one move: a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

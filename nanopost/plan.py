@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
+from nanopost import distributed
 from nanopost.models import footprint as training
 from nanopost.models.config import load_config
 from nanopost.models.footprint import Job
@@ -94,7 +94,9 @@ def fits(job: Job, memory: int | None = None) -> Fit:
     memory = available(job.device) if memory is None else memory
     takes = need(job)
     most = _most(job, "micro_batch", job.rows, memory)
-    slots = _most(replace(job, micro_batch=most or 1), "slots", job.sampled, memory) if job.sampled else 0
+    slots = _most(replace(job, micro_batch=most or job.pair), "slots", job.sampled, memory)
+    if slots and not most:  # not with so many slots as are asked for: with fewer
+        most = _most(replace(job, slots=slots), "micro_batch", job.rows, memory)
     told = f"{_size(takes)} of {_size(memory)} a rank, "
     told += f"micro-batches of {job.micro_batch // job.pair}" + (
         f", {job.slots} slots" if job.sampled else ""
@@ -153,7 +155,7 @@ def job_of(cfg: Any, longest: int, *, held_out: int = 0) -> Job:
         held_out: rows of an evaluation, over all ranks.
     """
     has, adapter, device = vars(cfg), chosen_adapter(cfg), "cuda" if torch.cuda.is_available() else "cpu"
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = distributed.world_size()
     head = next(HEADS[name] for name in HEADS if name in has)
     if has.get("mode") == "text":
         head = "alike"
@@ -218,13 +220,12 @@ def offer(cfg: Any, longest: int, *, held_out: int = 0) -> Fit:
         SystemExit: with --plan.
     """
     job = job_of(cfg, longest, held_out=held_out)
-    found = fits(job)
+    found = fits(job, min(distributed.join_rows([available(job.device)])))
     if not cfg.plan:
         return found
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"{table(job)}\n{'it fits' if found.fits else 'it does not fit'}: {found.sentence}", flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    does = "it fits" if found.fits else "it does not fit"
+    distributed.main_print(f"{table(job)}\n{does}: {found.sentence}")
+    distributed.teardown()
     raise SystemExit(0 if found.fits else 1)
 
 

@@ -10,7 +10,6 @@ Only rank 0 reads and writes; every rank may call, and all raise what it finds.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -23,17 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from nanopost import atomic, distributed
 from nanopost import config as flags
-from nanopost.metrics import replace_file
 
 _LOCKS = set[Path]()  # the run folders that this process holds
 PACKAGES = ("nanopost", "torch", "numpy", "safetensors", "tokenizers", "jinja2", "tyro")
 # Fields that may change while a run goes on: its numbers stay the same, up to the rounding of other products.
 FREE = {"out", "eval_every", "save_every", "rollouts_every", "micro_batch", "slots"}
-
-
+BEGUN = ("metrics.jsonl", "state", "teacher.jsonl", "logps")  # what steps have left, or start from
 LOADED = {".json", ".safetensors", ".jinja"}  # of a model's folder
 
 
@@ -56,28 +53,16 @@ def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any]) -> Path:
     """
     if config.plan:
         return Path(run)
-    told: list[OSError | ValueError | None] = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            _open(Path(run), config, json.loads(json.dumps(dict(env))))
-        except (OSError, ValueError) as error:
-            told = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    if told[0]:
-        raise told[0]
+    distributed.together(lambda: _open(Path(run), config, json.loads(json.dumps(dict(env)))), main=True)
     return Path(run)
 
 
 def _open(run: Path, config: Any, env: dict[str, Any]) -> None:
     arguments = json.loads(json.dumps(asdict(config), default=str))
-    begun = (run / "metrics.jsonl").exists() or (run / "state").exists()
-    if begun and not config.resume:
+    begun = [name for name in BEGUN if (run / name).exists()]
+    if {*begun} & {*BEGUN[:2]} and not config.resume:
         raise ValueError(f"run: {run} holds a run already; pass --resume to go on or choose another folder")
-    known = begun or any(
-        (run / name).exists() for name in ("teacher.jsonl", "logps")
-    )  # what steps start from
-    known = known and config.resume
+    known = begun and config.resume
     old = _read(run / "env.json") if known else {}
     before = _read(run / "args.json") if known else {}
     env |= {"bf16": torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu")}
@@ -107,7 +92,7 @@ def _open(run: Path, config: Any, env: dict[str, Any]) -> None:
         record["changes"] = old.get("changes", []) + ([now] if (now := changed | drift) else [])
     for name, value in (("args", arguments), ("env", record)):
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        replace_file(run / f"{name}.json", text.encode())
+        atomic.replace_file(run / f"{name}.json", text.encode())
 
 
 def _free() -> set[str]:
@@ -122,11 +107,7 @@ def _contents(path: Path) -> dict[str, str]:
     """The SHA-256 of a file, or of each file of a folder that a model is read from, by name."""
     folder = path.is_dir()
     files = sorted(file for file in path.iterdir() if file.suffix in LOADED) if folder else [path]
-    digests = {}
-    for file in files:
-        with open(file, "rb") as opened:
-            digests[file.name if folder else "content"] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return digests
+    return {file.name if folder else "content": atomic.sha256(file) for file in files}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -164,7 +145,7 @@ def _environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "ranks": distributed.world_size(),
         "packages": versions,
         "commit": _commit(),
     }

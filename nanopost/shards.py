@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -56,13 +56,18 @@ def write_part(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Args:
         path: the file.
         tensors: by name, sharded or not.
+    Raises:
+        OSError: it cannot be written.
     """
     parts, places = dict[str, torch.Tensor](), dict[str, Place]()
     for name, tensor in tensors.items():
         place, mine = place_of(tensor)
         if mine and all(low < high for low, high in place):
             parts[name], places[name] = local(tensor).detach().cpu().contiguous(), place
-    save_file(parts, path, metadata={"places": json.dumps(places)})
+    try:
+        save_file(parts, path, metadata={"places": json.dumps(places)})
+    except SafetensorError as error:  # so it says that the disk is full
+        raise OSError(f"{path}: {error}") from error
 
 
 def read_index(paths: Iterable[Path]) -> Index:

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
+from nanopost.atomic import replace_file
 from nanopost.data.chat import Chat, decode, encode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.preference import group_line, preference_line, read_groups
 from nanopost.data.schema import Candidate, Group, Provenance, Record, read_jsonl
 from nanopost.evals.verifier import Verifier, is_right, load_verifier
-from nanopost.metrics import replace_file
 from nanopost.models.weights import load_model
 from nanopost.rollout.pairs import RULES, build_labels, build_pairs, describe_pairs
 from nanopost.rollout.sampler import row_uniforms, sample

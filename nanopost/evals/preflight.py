@@ -101,18 +101,19 @@ def check_run(
         distributed.main_print(f"preflight: left out, the run goes on from step {first}")
     else:
         samples = items if isinstance(items[0], Sample) else samples
-        begun, shown = time.perf_counter(), list(samples)
+        begun, shown, due = time.perf_counter(), list(samples), math.nan
         found = agree(
             data_checks(cfg, chat, items, samples, fit, sampled=sampling is not None, verify=verify)
         )
         if not faults(found):  # else there is nothing that a model should read
             answers = first_answers(cfg, sampling, ROWS) if sampling else []
             shown = [rollout.sample for _, rollout, *_ in answers] or shown
-            found += agree(model_checks(cfg, chat, model, items, answers, loss, starts, nll, line, sampling))
+            more, due = model_checks(cfg, chat, model, items, answers, loss, starts, nll, line, sampling)
+            found += agree(more)
         tell(run, found, seconds=time.perf_counter() - begun)
         variant = sampling.variant if sampling else None
         packed, sampled = samples is items, sampling is not None
-        for sentence in sentences(cfg, chat, variant=variant, starts=starts, packed=packed, sampled=sampled):
+        for sentence in sentences(cfg, chat, variant=variant, starts=due, packed=packed, sampled=sampled):
             distributed.main_print(sentence)
         for sample in shown[: cfg.show]:
             distributed.main_print(f"{sample.place or 'sampled'}: {data.bracketed(chat, sample)}")
@@ -135,7 +136,7 @@ def data_checks(
     """What rows, template, verifier and plan say before a model is asked."""
     prompts = [prompt_sample(item) for item in items] if sampled else samples
     found = [data.rows(cfg.data, items), data.bos(chat, prompts), data.stop_ids(chat)]
-    found += [overlap(cfg.data, cfg.eval_data), models.memory(fit)]
+    found += [overlap(cfg.data, cfg.eval_data), models.memory(fit, slots="slots" in vars(cfg))]
     if not sampled:
         found += [data.supervised(samples), data.stop_tokens(chat, samples)]
     if samples is items:
@@ -160,8 +161,8 @@ def model_checks(
     nll: bool,
     line: Callable[[list[Any], list[Any]], Mapping[str, float | None]] | None,
     sampling: Sampling | None,
-) -> list[Check]:
-    """What a model says of its head, of the answers it has given, and of the loss of the first rows."""
+) -> tuple[list[Check], float]:
+    """What a model says of its head, its answers and the loss of the first rows; and what that must be."""
     with distributed.gathered(model):
         found = [models.stop_row(model, chat), models.tied_and_rope(model, cfg.model)]
         trained_head = isinstance(model, ScoreModel) and bool(model.score.weight.any())
@@ -184,7 +185,8 @@ def model_checks(
     elif not variant:
         said["loss"] = distributed.all_sum(one.loss), math.nan if trained_head else starts
     guess = math.log(model.words) if nll else None
-    return [*found, models.micro_batches(one, many, rows=len(whole)), models.card(said, guess=guess)]
+    found += [models.micro_batches(one, many, rows=len(whole)), models.card(said, guess=guess)]
+    return found, said.get("loss", (0.0, math.nan))[1]
 
 
 def first_rows(cfg: Any, items: Sequence[Any]) -> list[Any]:
@@ -218,6 +220,7 @@ def tell(run: Path, found: Sequence[Check], *, seconds: float) -> None:
 
 
 def leave(why: str) -> None:
-    """End the process on every rank: with 1 and the reason, or with 0 where there is none."""
+    """End the process on every rank: with 1 and the reason, told once, or with 0 where there is none."""
+    main = distributed.is_main()
     distributed.teardown()
-    raise SystemExit(why or 0)
+    raise SystemExit((why if main else 1) if why else 0)

@@ -33,7 +33,6 @@ class Check:
     outcome: Literal["pass", "warn", "fail", "n/a"]
     told: str
     fix: str = ""
-    seconds: float = 0.0
 
 
 def rows(path: str | Path, items: Sequence[Any]) -> Check:

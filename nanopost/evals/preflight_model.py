@@ -50,13 +50,17 @@ def stop_row(model: nn.Module, chat: Chat) -> Check:
     return Check("stop row", "fail", told, fix)
 
 
-def memory(fit: Fit) -> Check:
-    """What the run takes at most is there; the plan knows it to within `ERROR`."""
+def memory(fit: Fit, *, slots: bool) -> Check:
+    """What the run takes at most is there; the plan knows it to within `ERROR`.
+
+    Args:
+        slots: whether the script has the flag of that name.
+    """
     if fit.fits:
         return Check("memory", "pass", fit.sentence)
     fix = "--lora-rank, more ranks or a smaller model"
     if fit.micro_batch:
-        fix = f"--micro-batch {fit.micro_batch}" + (f" --slots {fit.slots}" if fit.slots else "")
+        fix = f"--micro-batch {fit.micro_batch}" + (f" --slots {fit.slots}" if fit.slots and slots else "")
     close = fit.need <= (1 + ERROR) * fit.memory
     return Check("memory", "warn" if close else "fail", fit.sentence, fix)
 

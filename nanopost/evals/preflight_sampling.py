@@ -19,7 +19,7 @@ from nanopost.data.collate import collate, spread
 from nanopost.evals.preflight_data import Check, stop_tokens, supervised
 from nanopost.evals.preflight_model import Loss
 from nanopost.evals.rollouts import completion_logps
-from nanopost.losses import aggregate, kl_estimate
+from nanopost.losses import aggregate, kl_estimate, policy_ratio
 from nanopost.losses.advantages import informative_groups
 from nanopost.losses.variants import Variant, policy_values
 from nanopost.models.llama import Llama
@@ -95,7 +95,7 @@ def start_numbers(
         old, new, ref: log-probs of each answer's tokens under sampler, trainer and reference.
     """
     pairs = list(zip(old, new, new if ref is None else ref, strict=True))
-    ratios = sum(float((b - a).exp().sum()) for a, b, _ in pairs)
+    ratios = sum(float(policy_ratio(b[None], a[None], torch.ones(1, len(a))).sum()) for a, b, _ in pairs)
     kl = sum(float(kl_estimate(b[None], c[None], kind="k3").sum()) for _, b, c in pairs)
     ratios, kl, tokens = distributed.all_sum([ratios, kl, sum(map(len, new))])
     said = {"ratio": (ratios / tokens, 1.0)}

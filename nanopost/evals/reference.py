@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nanopost.atomic import hidden
 from nanopost.data.schema import Sample
 from nanopost.models.weights import weights_id
 
@@ -45,7 +46,7 @@ def write_logps(path: str | Path, logps: Mapping[str, Tensor], *, weights: str) 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(logps), temporary := path.with_name(f".{path.name}.tmp"), metadata={"weights": weights})
+    save_file(dict(logps), temporary := hidden(path), metadata={"weights": weights})
     os.replace(temporary, path)
 
 

@@ -35,9 +35,10 @@ ONLY = {  # keys with few values that are read, the first ours
     "task_type": ("CAUSAL_LM", "SEQ_CLS"),
     "bias": ("none",),
     "modules_to_save": (None, ["score"], ["classifier", "score"]),  # peft names both; a decoder has the last
+    "use_rslora": (False, True),
     "init_lora_weights": (True, False, "gaussian"),  # pissa, olora, loftq, … change the base as well
 }
-READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
+READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern"}
 
 
 def save_adapter(
@@ -115,7 +116,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             targets=tuple(
                 sorted({target.split(".")[-1] for target in targets})
             ),  # a layer that has none is told
-            rank_stabilised=bool(raw.get("use_rslora", False)),
+            rank_stabilised=raw.get("use_rslora") or False,
             dropout=float(raw.get("lora_dropout", 0.0)),
             ranks=raw.get("rank_pattern") or {},
             alphas=raw.get("alpha_pattern") or {},

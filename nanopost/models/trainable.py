@@ -195,9 +195,8 @@ def read_beside(model: nn.Module, said: Tensor, folder: Path, *, base: Path, sco
         return ""
     quantised = any(isinstance(module, NF4Linear) for module in model.modules())
     four_bits = adapter.targets if quantised else ()
-    beside = load_adapter(
-        load_either(base, scores, dtype=said.dtype, four_bits=four_bits), folder / "adapter"
-    )
+    dtype = next(model.parameters()).dtype
+    beside = load_adapter(load_either(base, scores, dtype=dtype, four_bits=four_bits), folder / "adapter")
     ids = torch.arange(3, 35)[None] % words(folder, beside.config)
     away = float((beside(ids) - said).abs().max())
     if not away <= 0.05 * most:  # autocast's bfloat16 rounds by a hundredth

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nanopost.atomic import sha256
 from nanopost.models.config import LlamaConfig, load_config, read_json, write_config
 from nanopost.models.fill import EMBEDDING, TIED, draw_later, fill, several_ranks
 from nanopost.models.header import shard_files
@@ -27,8 +28,7 @@ def content_id(paths: Iterable[Path]) -> str:
     """The name of files by their content: 64 hex digits, a SHA-256 over the SHA-256 of each."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
 
 

@@ -39,7 +39,7 @@ MUTANTS = [
         source="our own",
         story="All ranks gather the weights that rank 0 writes, and each holds all of them.",
         file="nanopost/checkpoint.py",
-        before="for name, tensor in gathered if _is_main()}",
+        before="for name, tensor in gathered if distributed.is_main()}",
         after="for name, tensor in gathered}",
         killer=WHOLE,
     ),

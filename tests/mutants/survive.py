@@ -38,7 +38,7 @@ MUTANTS = [
         source="our own",
         story="A manifest of sizes sees what is cut off and not what has rotted.",
         file=CHECKPOINT,
-        before='"sha256": _sha256(path)}',
+        before='"sha256": atomic.sha256(path)}',
         after='"sha256": ""}',
         killer=f"{TEST}::test_every_flipped_bit_of_a_state_is_seen",
     ),
