@@ -188,14 +188,22 @@ def test_every_script_goes_on_behind_a_step_that_it_could_not_take(tmp_path):
     (tmp_path / "start").mkdir()
     start = small_runs.begin(tmp_path / "start")
     names = {name: tmp_path / name for name in small_runs.FLAGS}
-    commands = [small_runs.command(start, name, run, "--steps", "3") for name, run in names.items()]
+    more = {"ppo": ["--beta", "0.1", "--kl-target", "0.01"]}
+    commands = [
+        small_runs.command(start, name, run, "--steps", "3", *more.get(name, []))
+        for name, run in names.items()
+    ]
     printed = run_script(["-c", SCRIPTS, json.dumps(commands)], ranks=1, limit=120)
     assert printed.count("was not taken: loss ") == len(names) == 6
     for name, run in names.items():
-        norms = [record["grad_norm"] for record in metrics.read_records(run)]
+        records = metrics.read_records(run)
+        norms = [record["grad_norm"] for record in records]
         lost = 0 if name == "ppo" else 1  # there a step clips policy and critic
         assert [norm is None for norm in norms] == [step == lost for step in range(3)], name
         (kept,) = (run / "skipped").iterdir()
         rows = faults.read_skipped(kept)
         assert len(rows) == {"dpo": 8, "reward": 8, "grpo": 8, "ppo": 8}.get(name, 4), name
         assert (run / "model/model.safetensors").exists()
+        if name == "ppo":  # the KL of a step that was not taken steers nothing; that of the next one does
+            first, second, third = (record["beta"] for record in records)
+            assert first == second == 0.1 != third

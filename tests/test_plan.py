@@ -245,6 +245,12 @@ def test_the_largest_that_fits() -> None:
     speaks = job(head="logps", new=32, sampled=64, group=4, rows=64, micro_batch=1, slots=64)
     slots = plan.fits(speaks, plan.need(dataclasses.replace(speaks, slots=40))).slots
     assert slots >= 40 and plan.need(dataclasses.replace(speaks, slots=64)) >= plan.need(speaks)
+    few = dataclasses.replace(speaks, slots=3)
+    memory = plan.need(few)  # with as many slots as are asked for not even one row fits
+    found = plan.fits(speaks, memory)
+    assert not found.fits and found.micro_batch >= 1 and 3 <= found.slots < 64
+    alone = dataclasses.replace(speaks, micro_batch=found.micro_batch, slots=found.slots)
+    assert plan.fits(alone, memory).fits
 
 
 def test_ranks_share_what_stands_and_recompute_keeps_inputs_alone() -> None:

@@ -116,6 +116,16 @@ def test_drift_is_refused_and_named_and_goes_on_where_it_is_accepted(tmp_path, f
         begin(run, accept="dtaa", **changed)
 
 
+def test_products_in_another_precision_are_another_run(tmp_path):
+    begin(tmp_path)
+    metrics.write_record(tmp_path, 0, {})
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"bf16: .* was started with False, this start has True"):
+            begin(tmp_path)
+        begin(tmp_path, accept="bf16")
+    assert read(tmp_path / "env.json")["bf16"] is True
+
+
 def test_a_file_is_what_it_holds_wherever_it_lies(tmp_path, files):
     run = tmp_path / "run"
     begin(run, **files)

@@ -252,12 +252,13 @@ def test_a_first_line_that_is_not_what_it_must_be():
 
 def test_a_run_that_does_not_fit():
     fit = Fit(True, need=100, memory=120, micro_batch=8, slots=0, sentence="100 of 120")
-    assert models.memory(fit).outcome == "pass"
-    close = models.memory(dataclasses.replace(fit, fits=False, memory=90, micro_batch=2, slots=5))
+    assert models.memory(fit, slots=True).outcome == "pass"
+    near = dataclasses.replace(fit, fits=False, memory=90, micro_batch=2, slots=5)
+    close = models.memory(near, slots=True)
     assert close.outcome == "warn" and close.fix == "--micro-batch 2 --slots 5"
-    fails(
-        models.memory(dataclasses.replace(fit, fits=False, memory=80, micro_batch=0)), "memory", "100 of 120"
-    )
+    assert models.memory(near, slots=False).fix == "--micro-batch 2"  # a script without the flag
+    far = dataclasses.replace(fit, fits=False, memory=80, micro_batch=0)
+    fails(models.memory(far, slots=True), "memory", "100 of 120")
 
 
 def test_a_preference_line_at_the_start():

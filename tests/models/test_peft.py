@@ -70,6 +70,7 @@ def test_targets_by_their_full_names_are_layers_too(tmp_path):
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; nanopost reads 'LORA' only"),
         ({"bias": "all"}, "bias is 'all'"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'; nanopost reads False or True only"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config is {'loftq_bits': 4}"),
         ({"use_dora": True}, "use_dora is True, which nanopost does not know how to follow"),

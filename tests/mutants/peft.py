@@ -304,4 +304,52 @@ MUTANTS = [
         after="    scores = torch.ones(1)\n",
         killer="tests/models/test_trainable.py::test_a_score_model_is_read_again_as_well[all]",
     ),
+    Mutant(
+        name="full-names-are-no-layers",
+        source="peft save_pretrained",
+        story="peft writes all-linear as every layer's full name, which is no last name: refused.",
+        file=PEFT,
+        before='{target.split(".")[-1] for target in targets}',
+        after="{*targets}",
+        killer="tests/models/test_peft.py::test_targets_by_their_full_names_are_layers_too",
+    ),
+    Mutant(
+        name="a-tenants-nan-ends-every-answer",
+        source="our own",
+        story="A row whose weights are NaN finds no word, and the index that is none ends the batch.",
+        file="nanopost/rollout/draw.py",
+        before="    return found.clamp_(max=ends.shape[1] - 1)",
+        after="    return found",
+        killer=f"{TEST_BANK}::test_another_tenants_nan_changes_no_answer[{{'temperature': 1.0}}]",
+    ),
+    Mutant(
+        name="greedy-nan-is-an-answer",
+        source="our own",
+        story="The arg max of NaN is some word: a broken tenant is answered with nonsense, at log-prob 0.",
+        file="nanopost/rollout/draw.py",
+        before="zeros = wide(best - best)",
+        after="zeros = wide(torch.zeros_like(best))",
+        killer="tests/evals/test_tenants.py::"
+        "test_a_tenant_whose_logits_overflow_is_the_only_one_without_an_answer",
+    ),
+    Mutant(
+        name="recorded-before-it-is-routed",
+        source="our own",
+        story="The audit says answered for a batch that one request without a text has stopped.",
+        file="nanopost/evals/tenants.py",
+        before='if not isinstance(request.get("text"), str):',
+        after="if False:",
+        killer="tests/evals/test_tenants.py::"
+        "test_one_bad_request_stops_the_batch_and_nothing_is_said_to_be_answered[null]",
+    ),
+    Mutant(
+        name="any-adapter-beside-any-base",
+        source="our own",
+        story="Tenants are answered by adapters that were trained beside other weights.",
+        file="nanopost/evals/tenants.py",
+        before="        check_origin(stored(store, name), base, nf4=False)\n",
+        after="",
+        killer="tests/evals/test_tenants.py::"
+        "test_adapters_of_another_base_are_refused_before_anything_is_recorded",
+    ),
 ]
