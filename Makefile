@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# A test run is thousands of short processes: what one has compiled the others read.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-zero demo-ppo demo-tenants test test-deep bench lint clean
 .DEFAULT_GOAL := test

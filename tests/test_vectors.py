@@ -121,7 +121,6 @@ def test_masks_are_awkward_and_shapes_not_square() -> None:
         assert any(junk in flat(list(case["inputs"].values())) for case in masked), junk
 
 
-@pytest.mark.slow
 def test_the_files_are_what_the_pages_give(tmp_path: Path) -> None:
     made = run("make.py", "--out", tmp_path)
     assert made.returncode == 0, made.stderr
