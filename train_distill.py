@@ -18,6 +18,7 @@ rollout_s; teacher logits are never stored. Delta to GKD (Agarwal et al. 2024): 
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from nanopost.data.schema import Record, Sample, read_jsonl
 from nanopost.evals.candidates import write_lines
 from nanopost.evals.preflight import Sampling, check_run, first_rows
 from nanopost.evals.teacher import check_tokenizers, fitting_prompts, name_teachers, text_lines, top_k_kl
+from nanopost.micro_batches import sum_parts
 from nanopost.models.trainable import LoRA, load_policy, what_trains
 from nanopost.models.weights import load_config, load_model
 from nanopost.rollout.sampler import row_uniforms, sample
@@ -130,6 +132,7 @@ def main(cfg: Config) -> None:
     readers = [cfg.model, *([] if cfg.mode == "text" else [cfg.teacher])]
     context = min(load_config(folder).max_position_embeddings for folder in readers)
     longest = min(cfg.max_length or context, context)
+    scope = {"temperature": cfg.temperature, "top_p": cfg.top_p}
 
     def tasks_of(records: list[Record]) -> list:
         """What a step draws from: samples, or on-policy the tokens of prompts."""
@@ -149,8 +152,7 @@ def main(cfg: Config) -> None:
         """`size` completions of each prompt of this rank's share."""
         places, count = distributed.shard_rows(range(len(prompts))), cfg.max_new_tokens
         uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
-        options = {"temperature": cfg.temperature, "top_p": cfg.top_p, "max_new_tokens": count}
-        options |= {"group_size": size, "stop_ids": stop_ids, "uniforms": uniforms}
+        options = dict(scope, group_size=size, max_new_tokens=count, stop_ids=stop_ids, uniforms=uniforms)
         with distributed.gathered(model), metrics.progress(range(len(uniforms)), desc="rollout") as bar:
             return sample(model, [prompts[place] for place in places], finished=bar.update, **options)
 
@@ -175,8 +177,7 @@ def main(cfg: Config) -> None:
             write_texts(run / "teacher.jsonl")
         records = read_jsonl(run / "teacher.jsonl")
     train, held_out = tasks_of(records), tasks_of(read_jsonl(cfg.eval_data)) if cfg.eval_data else []
-    tokens = [len(getattr(task, "ids", task)) for task in train + held_out]
-    fit = plan.offer(cfg, max(tokens), held_out=len(held_out))
+    fit = plan.offer(cfg, max(len(getattr(t, "ids", t)) for t in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = load_policy(cfg.model, cfg, seed=cfg.seed, from_scratch=cfg.from_scratch)
@@ -207,16 +208,15 @@ def main(cfg: Config) -> None:
         return cfg.lr * optim.schedule(step, steps=steps, warmup=warmup, kind=kind, final=cfg.final_lr)
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
-    def micro_batches(step: int, tasks: list) -> tuple[list[list[Sample]], float]:
+    def texts(step: int, tasks: list) -> tuple[list[Sample], float]:
         """This rank's samples of a step, on-policy what the student answers now; and all ranks' tokens."""
         mine = distributed.shard_rows(tasks)
         if cfg.mode == "on-policy":
             mine = [rollout.sample for rollout in draw(policy, chat.stop_ids, tasks, step, 1)]
-        denom = distributed.all_sum(sum(sum(sample.mask) for sample in mine))
-        return [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)], denom
+        return mine, distributed.all_sum(tokens_of(mine))
 
-    def first_texts(_: list[int]) -> list:
-        return draw(policy, chat.stop_ids, first_rows(cfg, train), 0, 1)
+    def tokens_of(samples: list[Sample]) -> float:
+        return float(sum(sum(sample.mask) for sample in samples))
 
     # ---- 7 Evaluation --------------------------------------------------------------------------------------
     # On-policy both are compared at the temperature the student samples at (greedy: 1).
@@ -226,8 +226,8 @@ def main(cfg: Config) -> None:
     divergence = top_k_kl if cfg.top_k_teacher else DIVERGENCES.get(cfg.divergence)
     names = ("loss",) if teacher is None else ("loss", "kl", "agreement")
 
-    def measure(samples: list[Sample], total: dict[str, float], denom: float) -> Tensor:
-        """A micro-batch's share of the loss; what the line tells of its tokens is added to `total`."""
+    def measure(samples: list[Sample], denom: float) -> tuple[Tensor, dict[str, float]]:
+        """A micro-batch's share of the loss, and of what the line tells of its tokens."""
         batch = collate(samples, device=device)
         mask, spans = batch.completion_mask, batch.spans
         if teacher is None:
@@ -245,43 +245,43 @@ def main(cfg: Config) -> None:
                 values = values + cfg.hidden_weight * hidden["values"]
             seen = {"loss": values, "kl": losses.forward_kl(logits.detach(), teacher_logits)}
             seen["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float()
-        for name in names:
-            total[name] += float(seen[name].detach().double().sum()) / denom
-        return losses.aggregate(values[None], mask[mask][None], mode="token_mean", denom=denom)
+        told = {name: float(seen[name].detach().double().sum()) / denom for name in names}
+        return losses.aggregate(values[None], mask[mask][None], mode="token_mean", denom=denom), told
 
-    def share(part: list[Sample], whole: list[Sample]) -> Tensor:
-        return measure(part, dict.fromkeys(names, 0.0), float(sum(sum(sample.mask) for sample in whole)))
+    def learn(samples: list[Sample], denom: float) -> dict[str, float]:
+        """What the line tells of them, and their gradient."""
+        loss, told = measure(samples, denom)
+        loss.backward()
+        return told
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         """The line's means on held-out records, without the hidden states; on-policy on its answers."""
-        total = dict.fromkeys(names, 0.0)
-        parts, denom = micro_batches(steps, held_out)
+        mine, denom = texts(steps, held_out)
         with distributed.gathered(torch.nn.ModuleList(filter(None, (policy, teacher)))):
-            for part in metrics.progress(parts, desc="evaluate"):
-                measure(part, total, denom)
-        return {f"eval_{name}": value for name, value in distributed.all_sum(total).items()}
+            look = partial(measure, denom=denom)
+            sums = sum_parts(policy, mine, lambda part: look(part)[1], cfg.micro_batch, desc="evaluate")
+        return {f"eval_{n}": value for n, value in distributed.all_sum({n: sums[n] for n in names}).items()}
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
-    sampling = Sampling(first_texts, {"temperature": cfg.temperature, "top_p": cfg.top_p})
-    facts = {"nll": teacher is None, "sampling": sampling if cfg.mode == "on-policy" else None}
-    check_run(cfg, run, chat, policy, train, first=first, fit=fit, loss=share, **facts)
+    sampling = Sampling(lambda _: draw(policy, chat.stop_ids, first_rows(cfg, train), 0, 1), scope)
+    facts = {"loss": lambda part, whole: measure(part, tokens_of(whole))[0], "nll": teacher is None}
+    facts |= {"sampling": sampling if cfg.mode == "on-policy" else None}
+    check_run(cfg, run, chat, policy, train, first=first, fit=fit, **facts)
     for step in range(first, steps):
         start = time.perf_counter()
         optim.set_lr(optimizer, learning_rate(step))
         indices = step_indices(seed=cfg.seed, step=step, batch_size=cfg.batch_size, size=len(train))
-        parts, denom = micro_batches(step, [train[i] for i in indices])
-        rollout_s = time.perf_counter() - start
-        total = dict.fromkeys(names, 0.0)
-        for part in metrics.progress(parts, desc="train"):
-            measure(part, total, denom).backward()
-        seen = {"loss": total["loss"], "samples": [sample for part in parts for sample in part]}
+        mine, denom = texts(step, [train[i] for i in indices])
+        rollout_s, start = time.perf_counter() - start, time.perf_counter()
+        sums = sum_parts(policy, mine, partial(learn, denom=denom), cfg.micro_batch, optimizer)
+        seen = {"loss": sums["loss"], "samples": mine}
         grad_norm = faults.take_step(run, step, optimizer, policy, max_norm=cfg.max_grad_norm, **seen)
 
         last = step + 1 == steps
-        line = distributed.all_sum(total) | {"lr": learning_rate(step), "grad_norm": grad_norm}
-        line |= {"tokens": int(denom), "seconds": time.perf_counter() - start - rollout_s}
+        line = distributed.all_sum({name: sums[name] for name in names}) | {"lr": learning_rate(step)}
+        line |= {"grad_norm": grad_norm, "tokens": int(denom), "seconds": time.perf_counter() - start}
         line |= {"length": denom / cfg.batch_size, "rollout_s": rollout_s} if cfg.mode == "on-policy" else {}
         if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
             line |= evaluate()

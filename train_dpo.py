@@ -37,6 +37,7 @@ from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Sample
 from nanopost.evals.preflight import check_run
 from nanopost.evals.reference import Example, fixed_logps, mismatched, sample_id
 from nanopost.evals.rollouts import completion_logps
+from nanopost.micro_batches import sum_parts
 from nanopost.models.trainable import LoRA, load_policy, what_trains
 from nanopost.models.weights import load_config, load_model
 
@@ -187,10 +188,6 @@ def main(cfg: Config) -> None:
     # None: the completions are the data's.
 
     # ---- 7 Evaluation --------------------------------------------------------------------------------------
-    def micro_batches(examples: list[Example]) -> list[list[Example]]:
-        mine = distributed.shard_rows(examples)
-        return [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)]
-
     def counts_of(examples: list[Example]) -> dict[str, int]:
         """What the numbers of a line are means over, on all ranks together."""
         rows = [(sum(s.mask), label) for e in examples for s, label in zip(e.samples, e.liked, strict=True)]
@@ -246,13 +243,19 @@ def main(cfg: Config) -> None:
     def first_line(part: list[Example], whole: list[Example]) -> dict[str, float | None]:
         return line_of(Counter(measure(part, counts_of(whole), zero)[1]), counts_of(whole))
 
+    def learn(part: list[Example], counts: dict[str, int], z: Tensor) -> dict[str, float]:
+        """Their part of the sums, and their gradient."""
+        part_loss, sums = measure(part, counts, z)
+        part_loss.backward()
+        return sums
+
     @torch.no_grad()
     def evaluate() -> dict[str, float | None]:
         """The numbers of a line, on the held-out records."""
-        counts, z, sums = counts_of(held_out), mismatch_kl(held_out), Counter()
+        counts, z, mine = counts_of(held_out), mismatch_kl(held_out), distributed.shard_rows(held_out)
         with distributed.gathered(policy):
-            for part in metrics.progress(micro_batches(held_out), desc="evaluate"):
-                sums.update(measure(part, counts, z)[1])
+            look = partial(measure, counts=counts, z=z)
+            sums = sum_parts(policy, mine, lambda part: look(part)[1], cfg.micro_batch, desc="evaluate")
         return {f"eval_{name}": value for name, value in line_of(sums, counts).items()}
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
@@ -268,15 +271,9 @@ def main(cfg: Config) -> None:
         optim.set_lr(optimizer, learning_rate(step))
         indices = step_indices(seed=cfg.seed, step=step, batch_size=cfg.batch_size, size=len(train))
         examples = [train[i] for i in indices]
-        counts, z, sums = counts_of(examples), mismatch_kl(examples), Counter()
-        for part in micro_batches(examples):
-            part_loss, part_sums = measure(part, counts, z)
-            part_loss.backward()
-            sums.update(part_sums)
-        seen = {
-            "loss": sums["loss"],
-            "samples": [s for e in distributed.shard_rows(examples) for s in e.samples],
-        }
+        counts, z, mine = counts_of(examples), mismatch_kl(examples), distributed.shard_rows(examples)
+        sums = sum_parts(policy, mine, partial(learn, counts=counts, z=z), cfg.micro_batch, optimizer)
+        seen = {"loss": sums["loss"], "samples": [sample for e in mine for sample in e.samples]}
         grad_norm = faults.take_step(run, step, optimizer, policy, max_norm=cfg.max_grad_norm, **seen)
 
         last = step + 1 == steps

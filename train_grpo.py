@@ -18,7 +18,8 @@ deviation, a mean over all tokens of the step instead of one per answer, a wider
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import compress, islice
 from pathlib import Path
 from typing import Literal
 
@@ -31,10 +32,11 @@ from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
 from nanopost.evals.preflight import Sampling, check_run
-from nanopost.evals.rollouts import completion_logps, rollout_record, trace
-from nanopost.losses import aggregate, kl_estimate, local_denom, overlong_penalty, policy_ratio
-from nanopost.losses.advantages import informative_groups
-from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
+from nanopost.evals.rollouts import completion_logps, rollout_record, trace, trained_on, update_sums
+from nanopost.evals.verifier import check_verdicts, judge, rewarded, rewards_of
+from nanopost.losses import aggregate, informative_groups, local_denom, overlong_penalty
+from nanopost.losses.variants import Variant, choose, policy_values, token_advantages
+from nanopost.micro_batches import sum_parts
 from nanopost.models.trainable import LoRA, load_policy, load_reference, what_trains
 from nanopost.models.weights import load_config
 from nanopost.rewards.math import gsm8k, math_reward
@@ -105,14 +107,12 @@ def main(cfg: Config) -> None:
     run = runs.open_run(cfg.out, cfg, env={"template": chat.version})
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
-    verify = VERIFIERS.get(cfg.verifier)
+    verify = rewarded(VERIFIERS.get(cfg.verifier))
     longest = min(load_config(folder).max_position_embeddings for folder in (cfg.model, ref_model))
 
     def task_of(record: Record) -> Task:
         """The prompt's tokens; what cannot be sampled or verified is refused here, before the first step."""
         try:
-            if record.answer is None:
-                raise ValueError("no answer to verify against")
             verify("", record.answer)
             ids = prompt_ids(chat, prompt_messages(record))
             if len(ids) > (room := longest - cfg.max_new_tokens):
@@ -124,6 +124,7 @@ def main(cfg: Config) -> None:
     train = [task_of(record) for record in read_jsonl(cfg.data)]
     _ = [trace(chat, record, ids, longest=longest) for ids, record in train if traces]  # or says why not
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
+    names = verify("", train[0][1].answer).parts  # of a verdict
     fit = plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
@@ -141,6 +142,7 @@ def main(cfg: Config) -> None:
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     scope, count = {"temperature": cfg.temperature}, cfg.max_new_tokens
+    recent: list[tuple[float, float]] = []  # verdicts asked for and not given
     scope |= {"top_k": cfg.top_k, "top_p": cfg.top_p}
 
     def rollout(step: int, tasks: list[Task], places: list[int], size: int, scope: dict) -> list[tuple]:
@@ -157,8 +159,9 @@ def main(cfg: Config) -> None:
             answers += [trace(chat, record, answers[0].prompt_ids, longest=longest)] if given else []
             for r in answers:
                 text = decode(chat, r.completion_ids)
-                judged.append((record, r, text, verify(text, record.answer)))
+                judged.append((record, r, text, judge(verify, text, record.answer)))
         clock["verify_s"] += time.perf_counter() - start
+        check_verdicts([verdict for *_, verdict in judged], recent)
         return judged
 
     def draw(step: int, places: list[int]) -> dict[int, list[tuple]]:
@@ -172,16 +175,31 @@ def main(cfg: Config) -> None:
         """Greedy score, length and verdict parts on the held-out prompts."""
         places = distributed.shard_rows(range(len(held_out)))
         judged = rollout(step, [held_out[place] for place in places], places, 1, {"temperature": 0.0})
-        rollouts, verdicts = [r for _, r, _, _ in judged], [verdict for *_, verdict in judged]
-        parts = verify("", held_out[0][1].answer).parts  # their names
+        judged = [(r, verdict) for _, r, _, verdict in judged if verdict.score is not None]
+        scored = distributed.all_sum(len(judged))
         totals = distributed.all_sum(
             {
-                "eval_reward": sum(verdict.score for verdict in verdicts),
-                "eval_length": sum(len(r.completion_ids) for r in rollouts),
-                **{f"eval_{name}": sum(verdict.parts[name] for verdict in verdicts) for name in parts},
+                "eval_reward": sum(verdict.score for _, verdict in judged),
+                "eval_length": sum(len(r.completion_ids) for r, _ in judged),
+                **{f"eval_{name}": sum(verdict.parts[name] for _, verdict in judged) for name in names},
             }
         )
-        return {name: total / len(held_out) for name, total in totals.items()}
+        means = {name: total / scored for name, total in totals.items()}
+        return means | {"eval_unverified": len(held_out) - scored}
+
+    def learn(rows: list[tuple], denom: float, variant: Variant) -> dict[str, float]:
+        """Gradients of a micro-batch; neighbours of a group compute their prompt once."""
+        samples, old, ref, pull, *more = zip(*rows, strict=True)
+        batch = collate(samples, device=device)
+        mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
+        logps = policy.logps(*ids, mask=mask, spans=batch.spans, **scope)
+        old, ref, pull = (spread(x, mask).to(logps) for x in (old, ref, pull))
+        mine = torch.stack(*more).to(device)
+        values = policy_values(variant, logps, old, ref, pull, mask, traces=~mine)
+        loss = aggregate(values, mask, mode=variant.aggregation, denom=denom)
+        loss.backward()
+        mask = mask & mine[:, None]  # the traces are only in the loss
+        return update_sums(variant, loss, logps, old, ref, pull, mask)
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps{what_trains(policy)}")
@@ -196,16 +214,16 @@ def main(cfg: Config) -> None:
         optim.set_lr(optimizer, learning_rate(step))
         groups = draw(step, [place for update in updates for place in distributed.shard_rows(update)])
         for attempt in range(1 + cfg.resample):  # groups of equal rewards give way to a later epoch's prompts
-            scores = [row[-1].score for rows in groups.values() for row in rows]
-            kept = informative_groups(torch.tensor(scores, dtype=torch.float64), group_size=size)[::size]
+            scores = rewards_of([row[-1] for rows in groups.values() for row in rows], group_size=size)
+            kept = informative_groups(scores, group_size=size)[::size]
             waiting = [place for place, teaches in zip(groups, kept, strict=True) if not teaches]
             if attempt < cfg.resample and distributed.all_sum(len(waiting)):
                 groups |= draw(step + (attempt + 1) * cfg.steps, waiting)
         samples = [row for rows in groups.values() for row in rows]
-        rewards = torch.tensor([verdict.score for *_, verdict in samples], dtype=torch.float64)
+        rewards = rewards_of([verdict for *_, verdict in samples])
         clock["rollout_s"] = time.perf_counter() - start - clock["verify_s"]
 
-        old_logps, completions = [r.old_logps for _, r, *_ in samples], [r.sample for _, r, *_ in samples]
+        old_logps, completions = zip(*(trained_on(r, verdict) for _, r, _, verdict in samples), strict=True)
         ref_logps = completion_logps(reference, completions, micro_batch=cfg.micro_batch, **scope)
         padded = [pad_sequence(logps, batch_first=True) for logps in (old_logps, ref_logps)]
         length = torch.tensor([len(logps) for logps in old_logps])
@@ -216,42 +234,26 @@ def main(cfg: Config) -> None:
         advantages = token_advantages(variant, rewards, *padded, mask, **options)
         advantages = [row[kept] for row, kept in zip(advantages, mask, strict=True)]
 
-        sums, norms, share = Counter(), [], len(samples) // cfg.minibatches
+        rows = list(zip(completions, old_logps, ref_logps, advantages, own, strict=True))
+        sums, norms, share = Counter(), [], len(rows) // cfg.minibatches
         for update in range(cfg.minibatches):
-            rows = range(update * share, (update + 1) * share)  # groups adjacent share their prompt's cost
-            found: list[float] = []
-            parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
-            batches = [collate([completions[i] for i in part], device=device) for part in parts]
-            counts = {"mode": variant.aggregation, "max_tokens": cfg.max_new_tokens}
-            denom = distributed.all_sum(sum(local_denom(b.completion_mask, **counts) for b in batches))
-            for part, batch in metrics.progress(list(zip(parts, batches, strict=True)), desc="train"):
-                mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
-                logps = policy.logps(*ids, mask=mask, spans=batch.spans, **scope)
-                per_token = (old_logps, ref_logps, advantages)
-                old, ref, pull = (spread([x[i] for i in part], mask).to(logps) for x in per_token)
-                values = policy_values(variant, logps, old, ref, pull, mask, traces=~own[part].to(device))
-                loss = aggregate(values, mask, mode=variant.aggregation, denom=denom)
-                loss.backward()
-                with torch.no_grad():
-                    ratio = policy_ratio(logps, old, mask, level=variant.ratio)
-                    mask = mask & own[part, None].to(device)
-                    found.append(float(loss))
-                    sums["clipped"] += float(clip_holds(variant, ratio, pull)[mask].sum())
-                    sums["kl_old"] += float(kl_estimate(old, logps, kind="k3")[mask].sum())
-                    sums["kl_ref"] += float(kl_estimate(logps, ref, kind="k3")[mask].sum())
-                    sums["tokens"] += float(mask.sum())
-            seen = {"loss": sum(found), "samples": [completions[i] for i in rows]}
-            options = {"max_norm": cfg.max_grad_norm, **seen}
-            norms.append(faults.take_step(run, step, optimizer, policy, **options))
-            sums["loss"] += sum(found)
+            part = rows[update * share : (update + 1) * share]
+            mask = collate([sample for sample, *_ in part]).completion_mask
+            denom = distributed.all_sum(local_denom(mask, mode=variant.aggregation, max_tokens=count))
+            if not denom:  # no verdict on any of these answers, on any rank
+                continue
+            act = partial(learn, denom=denom, variant=variant)
+            found = sum_parts(policy, part, act, cfg.micro_batch, optimizer)
+            seen = {"loss": found["loss"], "samples": [row[0] for row in part], "max_norm": cfg.max_grad_norm}
+            norms.append(faults.take_step(run, step, optimizer, policy, **seen))
+            sums.update(found)
         clock["train_s"] = time.perf_counter() - start - clock["rollout_s"] - clock["verify_s"]
 
-        ours = [(r, verdict) for _, r, _, verdict in samples]
-        ours = [row for row, kept in zip(ours, own, strict=True) if kept]
-        names = ours[0][1].parts
+        ours = [(r, verdict) for _, r, _, verdict in compress(samples, own) if verdict.score is not None]
         totals = distributed.all_sum(
             {
                 "rows": len(ours),
+                "unverified": len(samples) - len(ours),
                 "waiting": len(waiting),
                 "reward": sum(verdict.score for _, verdict in ours),
                 "stopped": sum(r.finish_reason == "stop" for r, _ in ours),
@@ -269,6 +271,7 @@ def main(cfg: Config) -> None:
             "entropy": totals["entropy"] / totals["length"],
             **{name: totals[name] / totals["tokens"] for name in ("clipped", "kl_old", "kl_ref")},
             "loss": totals["loss"] / len(norms),
+            "unverified": totals["unverified"],
             "grad_norm": max(norms, key=lambda norm: (norm != norm, norm)),
             **clock,
         }
@@ -276,10 +279,11 @@ def main(cfg: Config) -> None:
         if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
             line |= evaluate(step)
         metrics.write_record(run, step, {**line, "lr": learning_rate(step)})
-        line = {name: value for name, value in line.items() if name.removeprefix("eval_") not in names}
+        rest = {*names, "unverified"} - {"verified"}  # what only the records tell
+        line = {name: value for name, value in line.items() if name.removeprefix("eval_") not in rest}
         distributed.main_print(metrics.format_line(step, cfg.steps, line))
         if last or (cfg.rollouts_every and step % cfg.rollouts_every == 0):
-            means = [float(row.mean()) for row in advantages]
+            means = [float(row.mean()) if len(row) else None for row in advantages]
             told = [rollout_record(chat, *row, mean) for row, mean in zip(samples, means, strict=True)]
             metrics.write_rollouts(run, step, told)
         faults.save_if_due(run, step + 1, cfg.steps, trained, optimizer, every=cfg.save_every)

@@ -17,6 +17,7 @@ Delta to Ouyang et al. 2022: A whitened over the step, γ = 1, no pre-training, 
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -31,9 +32,11 @@ from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
 from nanopost.evals import ppo
 from nanopost.evals.preflight import Sampling, check_run
-from nanopost.evals.rollouts import completion_logps, rollout_record
-from nanopost.losses import aggregate, kl_estimate, local_denom, policy_ratio, value_loss, whiten
-from nanopost.losses.variants import choose, clip_holds, policy_values, token_advantages
+from nanopost.evals.rollouts import completion_logps, rollout_record, trained_on, update_sums
+from nanopost.evals.verifier import check_verdicts, judge, rewarded, rewards_of
+from nanopost.losses import aggregate, local_denom, value_loss, whiten
+from nanopost.losses.variants import Variant, choose, policy_values, token_advantages
+from nanopost.micro_batches import sum_parts
 from nanopost.models.trainable import LoRA, load_reference, what_trains
 from nanopost.models.weights import load_config
 from nanopost.rewards.math import gsm8k, math_reward
@@ -63,6 +66,7 @@ class Config(LoRA, config.Machine):
     minibatches: int = 1  # optimiser steps a rollout batch; above 1 the later ones are off-policy
     max_new_tokens: int = 256  # completions are cut there
     temperature: float = 1.0  # of the sampler, and of the trainer's log-probs
+    slots: int = 256  # rows decoded at a time
     clip_low: float | None = None  # ε below: the ratio is clipped at 1 − ε; default: the row's
     clip_high: float | None = None  # ε above: the ratio is clipped at 1 + ε; default: the row's
     beta: float | None = None  # weight of the KL, which enters where the row says; default: the row's
@@ -103,7 +107,7 @@ def main(cfg: Config) -> None:
     run = runs.open_run(cfg.out, cfg, env={"template": chat.version})
 
     # ---- 3 Task and data -----------------------------------------------------------------------------------
-    verify = ppo.rewarded(VERIFIERS.get(cfg.verifier), reward_model=cfg.reward_model)
+    verify = rewarded(VERIFIERS.get(cfg.verifier), reward_model=cfg.reward_model)
     longest = min(load_config(folder).max_position_embeddings for folder in (cfg.model, ref_model))
     longest = min([longest, *ppo.contexts(cfg.critic, cfg.reward_model)])
 
@@ -120,6 +124,7 @@ def main(cfg: Config) -> None:
 
     train = [task_of(record) for record in read_jsonl(cfg.data)]
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
+    names = verify("", train[0][1].answer).parts  # of a verdict
     fit = plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
@@ -138,11 +143,13 @@ def main(cfg: Config) -> None:
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
     scope, count = {"temperature": cfg.temperature}, cfg.max_new_tokens
+    recent: list[tuple[float, float]] = []  # verdicts asked for and not given
 
     def rollout(step: int, tasks: list[Task], places: list[int], size: int, scope: dict) -> list[tuple]:
         """`size` (record, rollout, text, verdict) a task; `places` number the tasks of a step, over ranks."""
         uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
         options = {"stop_ids": chat.stop_ids, "max_new_tokens": count, "uniforms": uniforms, **scope}
+        options |= {"slots": cfg.slots}
         with distributed.gathered(policy), metrics.progress(range(len(uniforms)), desc="rollout") as bar:
             drawn = sample(policy, [ids for ids, _ in tasks], group_size=size, finished=bar.update, **options)
         start, judged, done = time.perf_counter(), [], iter(drawn)
@@ -150,11 +157,12 @@ def main(cfg: Config) -> None:
             answers = list(islice(done, size))
             for r in answers:
                 text = decode(chat, r.completion_ids)
-                judged.append((record, r, text, verify(text, record.answer)))
+                judged.append((record, r, text, judge(verify, text, record.answer)))
         if scorer:
             with distributed.gathered(scorer):
                 judged = ppo.rescored(judged, scorer, micro_batch=cfg.micro_batch)
         clock["verify_s"] += time.perf_counter() - start
+        check_verdicts([verdict for *_, verdict in judged], recent)
         return judged
 
     def draw(step: int, places: list[int]) -> dict[int, list[tuple]]:
@@ -168,16 +176,33 @@ def main(cfg: Config) -> None:
         """Greedy score, length and verdict parts on the held-out prompts."""
         places = distributed.shard_rows(range(len(held_out)))
         judged = rollout(step, [held_out[place] for place in places], places, 1, {"temperature": 0.0})
-        rollouts, verdicts = [r for _, r, _, _ in judged], [verdict for *_, verdict in judged]
-        parts = verify("", held_out[0][1].answer).parts  # their names
+        judged = [(r, verdict) for _, r, _, verdict in judged if verdict.score is not None]
+        scored = distributed.all_sum(len(judged))
         totals = distributed.all_sum(
             {
-                "eval_reward": sum(verdict.score for verdict in verdicts),
-                "eval_length": sum(len(r.completion_ids) for r in rollouts),
-                **{f"eval_{name}": sum(verdict.parts[name] for verdict in verdicts) for name in parts},
+                "eval_reward": sum(verdict.score for _, verdict in judged),
+                "eval_length": sum(len(r.completion_ids) for r, _ in judged),
+                **{f"eval_{name}": sum(verdict.parts[name] for _, verdict in judged) for name in names},
             }
         )
-        return {name: total / len(held_out) for name, total in totals.items()}
+        means = {name: total / scored for name, total in totals.items()}
+        return means | {"eval_unverified": len(held_out) - scored}
+
+    def learn(rows: list[tuple], denom: float, variant: Variant) -> dict[str, float]:
+        """Gradients of a micro-batch; neighbours of a group compute their prompt once."""
+        samples, old, ref, pull, *more = zip(*rows, strict=True)
+        batch = collate(samples, device=device)
+        mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
+        logps = policy.logps(*ids, mask=mask, spans=batch.spans, **scope)
+        old, ref, pull = (spread(x, mask).to(logps) for x in (old, ref, pull))
+        values = policy_values(variant, logps, old, ref, pull, mask)
+        loss = aggregate(values, mask, mode=variant.aggregation, denom=denom)
+        loss.backward()
+        guess = critic.values(batch.input_ids, spans=batch.spans)
+        before, target = (spread(x, mask).to(guess) for x in more)
+        errors = cfg.value_weight * value_loss(guess, before, target, clip=cfg.value_clip or None)
+        aggregate(errors, mask, mode=variant.aggregation, denom=denom).backward()
+        return update_sums(variant, loss, logps, old, ref, pull, mask)
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps{what_trains(policy)}")
@@ -191,10 +216,10 @@ def main(cfg: Config) -> None:
         optim.set_lr(optimizer, learning_rate(step))
         groups = draw(step, [place for update in updates for place in distributed.shard_rows(update)])
         samples = [row for rows in groups.values() for row in rows]
-        rewards = torch.tensor([verdict.score for *_, verdict in samples], dtype=torch.float64)
+        rewards = rewards_of([verdict for *_, verdict in samples])
         clock["rollout_s"] = time.perf_counter() - start - clock["verify_s"]
 
-        old_logps, completions = [r.old_logps for _, r, *_ in samples], [r.sample for _, r, *_ in samples]
+        old_logps, completions = zip(*(trained_on(r, verdict) for _, r, _, verdict in samples), strict=True)
         ref_logps = completion_logps(reference, completions, micro_batch=cfg.micro_batch, **scope)
         padded = [pad_sequence(logps, batch_first=True) for logps in (old_logps, ref_logps)]
         length = torch.tensor([len(logps) for logps in old_logps])
@@ -208,44 +233,26 @@ def main(cfg: Config) -> None:
         advantages = whiten(advantages, mask, total=distributed.all_sum)
         advantages = [row[kept] for row, kept in zip(advantages, mask, strict=True)]
 
-        sums, norms, share = Counter(), [], len(samples) // cfg.minibatches
+        rows = list(zip(completions, old_logps, ref_logps, advantages, old_values, returns, strict=True))
+        sums, norms, share = Counter(), [], len(rows) // cfg.minibatches
         for update in list(range(cfg.minibatches)) * cfg.epochs:
-            rows = range(update * share, (update + 1) * share)  # groups adjacent share their prompt's cost
-            found: list[float] = []
-            parts = [rows[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
-            batches = [collate([completions[i] for i in part], device=device) for part in parts]
-            counts = {"mode": variant.aggregation, "max_tokens": cfg.max_new_tokens}
-            denom = distributed.all_sum(sum(local_denom(b.completion_mask, **counts) for b in batches))
-            for part, batch in metrics.progress(list(zip(parts, batches, strict=True)), desc="train"):
-                mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
-                logps = policy.logps(*ids, mask=mask, spans=batch.spans, **scope)
-                per_token = (old_logps, ref_logps, advantages)
-                old, ref, pull = (spread([x[i] for i in part], mask).to(logps) for x in per_token)
-                values = policy_values(variant, logps, old, ref, pull, mask)
-                loss = aggregate(values, mask, mode=variant.aggregation, denom=denom)
-                loss.backward()
-                guess = critic.values(batch.input_ids, spans=batch.spans)
-                before, target = (spread([x[i] for i in part], mask).to(guess) for x in (old_values, returns))
-                errors = cfg.value_weight * value_loss(guess, before, target, clip=cfg.value_clip or None)
-                aggregate(errors, mask, mode=variant.aggregation, denom=denom).backward()
-                with torch.no_grad():
-                    ratio = policy_ratio(logps, old, mask, level=variant.ratio)
-                    found.append(float(loss))
-                    sums["clipped"] += float(clip_holds(variant, ratio, pull)[mask].sum())
-                    sums["kl_old"] += float(kl_estimate(old, logps, kind="k3")[mask].sum())
-                    sums["kl_ref"] += float(kl_estimate(logps, ref, kind="k3")[mask].sum())
-                    sums["tokens"] += float(mask.sum())
-            seen = {"loss": sum(found), "samples": [completions[i] for i in rows]}
-            options = {"max_norm": cfg.max_grad_norm, **seen}
-            norms.append(faults.take_step(run, step, optimizer, policy, critic, **options))
-            sums["loss"] += sum(found)
+            part = rows[update * share : (update + 1) * share]
+            mask = collate([sample for sample, *_ in part]).completion_mask
+            denom = distributed.all_sum(local_denom(mask, mode=variant.aggregation, max_tokens=count))
+            if not denom:  # no verdict on any of these answers, on any rank
+                continue
+            act = partial(learn, denom=denom, variant=variant)
+            found = sum_parts(policy, part, act, cfg.micro_batch, optimizer)
+            seen = {"loss": found["loss"], "samples": [row[0] for row in part], "max_norm": cfg.max_grad_norm}
+            norms.append(faults.take_step(run, step, optimizer, policy, critic, **seen))
+            sums.update(found)
         clock["train_s"] = time.perf_counter() - start - clock["rollout_s"] - clock["verify_s"]
 
-        ours = [(r, verdict) for _, r, _, verdict in samples]
-        names = ours[0][1].parts
+        ours = [(r, verdict) for _, r, _, verdict in samples if verdict.score is not None]
         totals = distributed.all_sum(
             {
                 "rows": len(ours),
+                "unverified": len(samples) - len(ours),
                 "reward": sum(verdict.score for _, verdict in ours),
                 "stopped": sum(r.finish_reason == "stop" for r, _ in ours),
                 "length": sum(len(r.completion_ids) for r, _ in ours),
@@ -263,6 +270,7 @@ def main(cfg: Config) -> None:
             **ppo.critic_metrics(old_values, returns, total=distributed.all_sum),
             "beta": variant.beta,
             "loss": totals["loss"] / len(norms),
+            "unverified": totals["unverified"],
             "grad_norm": max(norms, key=lambda norm: (norm != norm, norm)),
             **clock,
         }
@@ -272,11 +280,11 @@ def main(cfg: Config) -> None:
         if held_out and (last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)):
             line |= evaluate(step)
         metrics.write_record(run, step, {**line, "lr": learning_rate(step)})
-        names = {*names} - {"verified"}  # the parts that only the records tell
-        line = {name: value for name, value in line.items() if name.removeprefix("eval_") not in names}
+        rest = {*names, "unverified"} - {"verified"}  # what only the records tell
+        line = {name: value for name, value in line.items() if name.removeprefix("eval_") not in rest}
         distributed.main_print(metrics.format_line(step, cfg.steps, line))
         if last or (cfg.rollouts_every and step % cfg.rollouts_every == 0):
-            means = [float(row.mean()) for row in advantages]
+            means = [float(row.mean()) if len(row) else None for row in advantages]
             told = [rollout_record(chat, *row, mean) for row, mean in zip(samples, means, strict=True)]
             metrics.write_rollouts(run, step, told)
         faults.save_if_due(run, step + 1, cfg.steps, trained, optimizer, every=cfg.save_every)

@@ -22,6 +22,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from nanopost.data.schema import Labelled, Preference, PreferenceRecord, Ratings
 from nanopost.evals import audit
 from nanopost.evals.preflight import check_run
 from nanopost.losses import aggregate, attribute_loss, bradley_terry_loss, process_reward_loss
+from nanopost.micro_batches import in_parts, sum_parts
 from nanopost.models.heads import load_score_model
 from nanopost.models.trainable import LoRA, adapt, nf4_layers, what_trains
 from nanopost.models.weights import load_config
@@ -166,10 +168,6 @@ def main(cfg: Config) -> None:
     # None: the answers are the data's.
 
     # ---- 7 Evaluation --------------------------------------------------------------------------------------
-    def micro_batches(examples: list[Example]) -> list[list[Example]]:
-        mine = distributed.shard_rows(examples)
-        return [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)]
-
     def read(part: list[Example]) -> torch.Tensor:
         """The scores (P, labels) at the P tokens that a micro-batch names, in their order."""
         input_ids, _ = pad_ids([sample.ids for samples, _, _ in part for sample in samples], device=device)
@@ -208,14 +206,21 @@ def main(cfg: Config) -> None:
         values, mask, _ = losses(read(part), labels_of(part))
         return aggregate(values, mask, mode="token_mean", denom=count_of(whole))
 
+    def learn(part: list[Example], denom: float) -> dict[str, float]:
+        """Their part of a step's numbers, and their gradient."""
+        values, mask, measures = losses(read(part), labels_of(part))
+        aggregate(values, mask, mode="token_mean", denom=denom).backward()
+        told = {"loss": values, **measures}
+        return {name: float(measure.detach()[mask].sum()) / denom for name, measure in told.items()}
+
     @torch.no_grad()
     def read_all(examples: list[Example]) -> torch.Tensor:
         """The scores of all examples, (P, labels), float64, on every rank."""
-        rows: list[list[float]] = []
+        mine = distributed.shard_rows(examples)
         with distributed.gathered(model):
-            for part in metrics.progress(micro_batches(examples), desc="evaluate"):
-                rows += read(part).tolist()
-        return torch.tensor(distributed.join_rows(rows), dtype=torch.float64)
+            parts = in_parts(model, mine, lambda part: read(part).tolist(), cfg.micro_batch, desc="evaluate")
+        rows = distributed.join_rows([row for part in parts for row in part])
+        return torch.tensor(rows, dtype=torch.float64)
 
     def evaluate() -> dict[str, Any]:
         """What the scores of the held-out records are worth, by name."""
@@ -238,18 +243,9 @@ def main(cfg: Config) -> None:
         optim.set_lr(optimizer, learning_rate(step))
         indices = step_indices(seed=cfg.seed, step=step, batch_size=cfg.batch_size, size=len(train))
         examples = [train[i] for i in indices]
-        denom = count_of(examples)  # the whole step's, on every rank
-        sums: dict[str, float] = {}
-        for part in micro_batches(examples):
-            values, mask, measures = losses(read(part), labels_of(part))
-            part_loss = aggregate(values, mask, mode="token_mean", denom=denom)
-            part_loss.backward()
-            for name, measure in {"loss": values.detach(), **measures}.items():
-                sums[name] = sums.get(name, 0.0) + float(measure.detach()[mask].sum()) / denom
-        seen = {
-            "loss": sums.get("loss", 0.0),
-            "samples": [s for e in distributed.shard_rows(examples) for s in e[0]],
-        }
+        mine, denom = distributed.shard_rows(examples), count_of(examples)  # the whole step's, on every rank
+        sums = sum_parts(model, mine, partial(learn, denom=denom), cfg.micro_batch, optimizer)
+        seen = {"loss": sums["loss"], "samples": [sample for samples, *_ in mine for sample in samples]}
         grad_norm = faults.take_step(run, step, optimizer, model, max_norm=cfg.max_grad_norm, **seen)
 
         last = step + 1 == steps

@@ -15,6 +15,7 @@ conversations, and N counts all micro-batches and ranks, so neither can change t
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample, read_jsonl
 from nanopost.evals.preflight import check_run
 from nanopost.losses import aggregate, sft_loss
+from nanopost.micro_batches import in_parts
 from nanopost.models.trainable import LoRA, load_policy, what_trains
 from nanopost.models.weights import load_config
 
@@ -106,33 +108,29 @@ def main(cfg: Config) -> None:
     # None: the completions are the data's.
 
     # ---- 7 Evaluation --------------------------------------------------------------------------------------
-    def micro_batches(samples: list[Sample]) -> list[list[Sample]]:
-        mine = distributed.shard_rows(samples)
-        return [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)]
-
     def tokens_of(samples: list[Sample]) -> float:
         return float(sum(sum(sample.mask) for sample in samples))
 
-    def losses(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate(samples, device=device)
-        mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
-        return sft_loss(policy.logps(*ids, mask=mask, spans=batch.spans, alike=True)), mask
-
     def share(samples: list[Sample], denom: float) -> torch.Tensor:
         """A micro-batch's share of a step's loss."""
-        return aggregate(*losses(samples), mode="token_mean", denom=denom)
+        batch = collate(samples, device=device)
+        mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
+        values = sft_loss(policy.logps(*ids, mask=mask, spans=batch.spans, alike=True))
+        return aggregate(values, mask, mode="token_mean", denom=denom)
+
+    def learn(samples: list[Sample], denom: float) -> float:
+        """The same as a number, and its gradient."""
+        (loss := share(samples, denom)).backward()
+        return float(loss.detach())
 
     @torch.no_grad()
     def evaluate() -> float:
         """Mean loss per supervised token of the held-out records, in nats."""
-        total = count = 0.0
+        mine, denom = distributed.shard_rows(held_out), tokens_of(held_out)
         with distributed.gathered(policy):
-            for samples in metrics.progress(micro_batches(held_out), desc="evaluate"):
-                values, mask = losses(samples)
-                total += float(aggregate(values, mask, mode="token_mean", denom=1.0))
-                count += float(mask.sum())
-        total, count = distributed.all_sum([total, count])
-        return total / count
+            look = partial(share, denom=denom)
+            parts = in_parts(policy, mine, look, cfg.micro_batch, desc="evaluate")
+        return distributed.all_sum(float(sum(parts)))
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} samples, {steps} steps of {cfg.batch_size}{what_trains(policy)}")
@@ -143,13 +141,9 @@ def main(cfg: Config) -> None:
         optim.set_lr(optimizer, learning_rate(step))
         indices = step_indices(seed=cfg.seed, step=step, batch_size=cfg.batch_size, size=len(train))
         samples = [train[i] for i in indices]
-        denom = tokens_of(samples)  # the whole step's, on every rank
-        loss = 0.0
-        for part in micro_batches(samples):
-            part_loss = share(part, denom)
-            part_loss.backward()
-            loss += float(part_loss.detach())
-        seen = {"loss": loss, "samples": distributed.shard_rows(samples)}
+        mine, denom = distributed.shard_rows(samples), tokens_of(samples)  # the whole step's, on every rank
+        loss = sum(in_parts(policy, mine, partial(learn, denom=denom), cfg.micro_batch, optimizer))
+        seen = {"loss": loss, "samples": mine}
         grad_norm = faults.take_step(run, step, optimizer, policy, max_norm=cfg.max_grad_norm, **seen)
 
         last = step + 1 == steps

@@ -199,12 +199,14 @@ def _rollouts(folder: Path) -> dict[str, Any]:
     steps = sorted(int(path.name.split(".")[0]) for path in (folder / "rollouts").glob("*.jsonl.gz"))
     written: list[dict[str, Any]] = []
     for step in dict.fromkeys([*steps[:1], *steps[-1:]]):
-        rows = read_rollouts(folder, step)
+        every = read_rollouts(folder, step)
+        rows = [row for row in every if row["score"] is not None]  # the verifier failed on the others
         groups = [list(g) for _, g in itertools.groupby(rows, key=lambda row: (row["line"], row["prompt"]))]
         groups = [sorted(group, key=lambda row: -row["advantage"]) for group in groups]
         flat = sum(all(row["advantage"] == 0 for row in group) for group in groups)
         groups.sort(key=lambda group: group[-1]["advantage"] - group[0]["advantage"])
-        written.append({"step": step, "flat": flat, "count": len(groups), "groups": groups[:GROUPS]})
+        counts = {"flat": flat, "count": len(groups), "unverified": len(every) - len(rows)}
+        written.append({"step": step, **counts, "groups": groups[:GROUPS]})
     shown = [row for step in written for group in step["groups"] for row in group]
     widest = max((abs(row["advantage"]) for row in shown), default=0.0)
     for row in shown:

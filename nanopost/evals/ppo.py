@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from nanopost.data.collate import collate
 from nanopost.data.schema import Record, Sample
 from nanopost.distributed import main_print
 from nanopost.evals.rollouts import completion_scores
-from nanopost.evals.verifier import Verifier
+from nanopost.micro_batches import in_parts
 from nanopost.models.header import read_headers
 from nanopost.models.heads import (
     HEAD,
@@ -26,10 +25,10 @@ from nanopost.models.llama import Llama
 from nanopost.models.lora_model import add_adapter
 from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers
 from nanopost.models.weights import load_config
-from nanopost.rewards.verdict import Verdict
+from nanopost.rewards.verdict import Unverified, Verdict
 from nanopost.rollout.types import Rollout
 
-Judged = tuple[Record, Rollout, str, Verdict]  # a completion, its text and what was said of it
+Judged = tuple[Record, Rollout, str, Verdict | Unverified]  # a completion, its text, what was said of it
 
 
 def load_scorer(folder: str | Path, chat: Chat) -> ScoreModel:
@@ -140,13 +139,16 @@ def completion_values(
     Returns:
         One tensor a sample, as long as its mask has ones.
     """
-    device, values = next(critic.parameters()).device, list[Tensor]()
-    for part in (samples[i : i + micro_batch] for i in range(0, len(samples), micro_batch)):
+    device = next(critic.parameters()).device
+
+    def read(part: Sequence[Sample]) -> list[Tensor]:
         batch = collate(part, device=device)
         mask = batch.completion_mask
-        read = critic.values(batch.input_ids, spans=batch.spans)
-        values += read[mask].cpu().split(mask.sum(dim=1).tolist())
-    return values
+        values = critic.values(batch.input_ids, spans=batch.spans)
+        return list(values[mask].cpu().split(mask.sum(dim=1).tolist()))
+
+    parts = in_parts(critic, samples, read, micro_batch, desc="score")
+    return [row for part in parts for row in part]
 
 
 def critic_metrics(
@@ -176,34 +178,8 @@ def critic_metrics(
     return {"value_loss": loss, "explained_variance": 1.0 - missed / spread if spread > 0.0 else 0.0}
 
 
-def rewarded(verify: Verifier | None, *, reward_model: Path | None) -> Verifier:
-    """The verifier of a run whose reward a reward model may give: its own score then is a part, `verified`.
-
-    Args:
-        verify: None where there is none; a verdict has no parts then and its score is the reward model's.
-        reward_model: None where there is none.
-
-    Raises:
-        ValueError: neither is given. The verifier returned raises it for an answer that is None.
-    """
-    if verify is None and reward_model is None:
-        raise ValueError("verifier or reward_model must be given: nothing else tells a good answer")
-
-    def judge(completion: str, answer: Any) -> Verdict:
-        if verify is None:
-            return Verdict(0.0, {}, "no verifier: the score is the reward model's")
-        if answer is None:
-            raise ValueError("no answer to verify against")
-        verdict = verify(completion, answer)
-        if reward_model is None:
-            return verdict
-        return replace(verdict, parts={"verified": verdict.score, **verdict.parts})
-
-    return judge
-
-
 def rescored(rows: Sequence[Judged], model: ScoreModel, *, micro_batch: int = 64) -> list[Judged]:
-    """The same completions with a reward model's score in their verdicts; all else stays.
+    """The same completions with a reward model's score in their verdicts; what has none stays without.
 
     Args:
         rows: may be empty: a process without a share of an evaluation has none.
@@ -214,6 +190,6 @@ def rescored(rows: Sequence[Judged], model: ScoreModel, *, micro_batch: int = 64
         return []
     scores = completion_scores(model, [r.sample.ids for _, r, *_ in rows], micro_batch=micro_batch)
     return [
-        (record, r, text, replace(verdict, score=score))
+        (record, r, text, verdict if isinstance(verdict, Unverified) else replace(verdict, score=score))
         for (record, r, text, verdict), score in zip(rows, scores.squeeze(1).tolist(), strict=True)
     ]

@@ -178,7 +178,7 @@ def model_checks(
         whole = distributed.join_rows(mine)
     if loss is None:
         raise ValueError("loss must be given where no variant has one, got None")
-    one, many = (models.gradient(model, loss, parts, whole) for parts in ([mine], [[row] for row in mine]))
+    one, many = (models.gradient(model, loss, mine, whole, size=size) for size in (len(mine), 1))
     if line:
         with torch.no_grad():
             said |= models.preference_numbers(line(mine, whole), starts, cfg.sft_weight)

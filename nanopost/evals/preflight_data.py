@@ -15,8 +15,8 @@ from typing import Any, Literal
 from nanopost.data.chat import Chat, encode, render
 from nanopost.data.chat_files import read_json, token_id
 from nanopost.data.schema import Message, Record, Sample
-from nanopost.evals.verifier import RIGHT_PARTS, Verifier
-from nanopost.rewards.verdict import Verdict
+from nanopost.evals.verifier import RIGHT_PARTS, Verifier, judge
+from nanopost.rewards.verdict import Unverified, Verdict
 
 BUDGET = 1.0  # seconds for a verifier's calls
 FORMS = ("{}", r"\boxed{{{}}}", "#### {}")  # of a gold answer
@@ -133,18 +133,22 @@ def verifier(verify: Verifier, records: Sequence[Record]) -> Check:
     looked = [records[i] for i in evenly(len(records), 512)]
     for n, record in enumerate(looked):
         place, golds = f"{record.file}:{record.line}", gold_texts(record)
-        empty, right = verify("", record.answer), [worth(verify(gold, record.answer)) for gold in golds]
+        found = [judge(verify, text, record.answer) for text in ("", *golds)]
+        if failed := [verdict.reason for verdict in found if verdict.score is None]:
+            told = f"{place}: no verdict on its own answer, or on an empty one: {failed[0]}"
+            return Check(name, "fail", told, "mend the verifier: such answers have no reward")
+        right = list(map(worth, found[1:]))
         if 1 not in right:
             told = f"{place}: its own answer scores {max(right):g}, not 1 ({golds[0][-60:]!r})"
             return Check(name, "fail", told, "correct the record's answer, or take another verifier")
-        if empty.score > 0:
-            told = f"{place}: an empty answer scores {empty.score:g}"
+        if (found[0].score or 0.0) > 0:
+            told = f"{place}: an empty answer scores {found[0].score:g}"
             return Check(name, "fail", told, "a verifier that pays for nothing is what the policy will find")
         if right[0] != 1 and len(golds) > len(FORMS):
             apart.append(place)
         if (other := looked[n - 1]).answer != record.answer:
             theirs, form = gold_texts(other), right.index(1) - len(golds)  # in the form that was right here
-            others.append(verify(theirs[max(form, -len(theirs))], record.answer).score)
+            others.append(judge(verify, theirs[max(form, -len(theirs))], record.answer).score or 0.0)
         calls += 2 + len(golds)
         if (spent := time.perf_counter() - begun) > BUDGET:
             break
@@ -168,9 +172,9 @@ def gold_texts(record: Record) -> list[str]:
     return [*own, *(form.format(text) for form in FORMS)]
 
 
-def worth(verdict: Verdict) -> float:
+def worth(verdict: Verdict | Unverified) -> float:
     """Whether a verdict says right, by its part of that name; its score where it has none."""
-    return next((verdict.parts[part] for part in RIGHT_PARTS if part in verdict.parts), verdict.score)
+    return next((verdict.parts[part] for part in RIGHT_PARTS if part in verdict.parts), verdict.score or 0.0)
 
 
 def evenly(count: int, most: int) -> list[int]:

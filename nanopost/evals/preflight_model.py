@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from nanopost import distributed
 from nanopost.data.chat import Chat
 from nanopost.evals.preflight_data import Check
+from nanopost.micro_batches import in_parts
 from nanopost.models.config import load_config
 from nanopost.models.llama import Llama
 from nanopost.plan import Fit
@@ -86,41 +87,50 @@ def tied_and_rope(model: nn.Module, folder: Path) -> Check:
 
 @dataclass(frozen=True)
 class Gradient:
-    """A rank's share of a loss, and its shards of the gradient."""
+    """A rank's share of a loss, its shards of the gradient, and the passes that these were made in."""
 
     loss: float
     grads: list[Tensor]
+    passes: int
 
 
-def gradient(model: nn.Module, loss: Loss, parts: Sequence[list[Any]], whole: list[Any]) -> Gradient:
-    """The loss of the parts of a step and its gradient, which is taken away from the model again.
+def gradient(model: nn.Module, loss: Loss, rows: list[Any], whole: list[Any], *, size: int) -> Gradient:
+    """The loss of a step and its gradient, which is taken away from the model again.
 
     Args:
         model: without gradients before and after.
         loss: see `Loss`; summed over parts and ranks it is the step's.
-        parts: this rank's rows, split; as many parts on every rank.
+        rows: this rank's; as many on every rank.
         whole: all ranks' rows.
+        size: rows a pass; fewer where memory holds no more (`micro_batches`).
     """
-    value, grads = 0.0, list[Tensor]()
-    for part in parts:
-        share = loss(part, whole)
+
+    def learn(part: Sequence[Any]) -> float:
+        share = loss(list(part), whole)
         share.backward()
-        value += float(share.detach())
+        return float(share.detach())
+
+    values, grads = in_parts(model, rows, learn, size, model, desc="preflight"), list[Tensor]()
     for parameter in model.parameters():
         if (grad := parameter.grad) is not None:
             grads.append(grad.to_local() if isinstance(grad, DTensor) else grad)
             parameter.grad = None
-    return Gradient(value, grads)
+    return Gradient(sum(values), grads, len(values))
 
 
 def micro_batches(one: Gradient, many: Gradient, *, rows: int) -> Check:
-    """Loss and gradient of the first rows in one pass are those of the same rows one by one."""
+    """Loss and gradient of the first rows in one pass are those of the same rows one by one.
+
+    Args:
+        one, many: of as few passes as memory allows, and of a pass a row.
+        rows: of all ranks.
+    """
     pairs = list(zip(one.grads, many.grads, strict=True))
     apart = sum(float((a - b).double().square().sum()) for a, b in pairs)
     size = sum(float(a.double().square().sum()) for a, _ in pairs)
     apart, size, loss, other = distributed.all_sum([apart, size, one.loss, many.loss])
     apart, size, bf16 = math.sqrt(apart), math.sqrt(size), distributed.bf16()
-    told = f"{rows} rows at once and one by one: loss {abs(loss - other):.1g} apart, "
+    told = f"{rows} rows, {one.passes} and {many.passes} passes a rank: loss {abs(loss - other):.1g} apart, "
     told += f"gradient {apart:.1g} of {size:.2g}"
     if size <= NOTHING[bf16]:
         return Check("micro-batch", "warn", f"{told}: it is 0", "these rows teach nothing")

@@ -38,7 +38,8 @@ def proxy_row(
     verdicts = judged(chat, records, rollouts, verify)
     texts = [decode(chat, rollout.completion_ids) for rollout in rollouts]
     rows = list(zip(records, rollouts, texts, verdicts, strict=True))
-    scores = [verdict.score for *_, verdict in rescored(rows, load_scorer(reward_model, chat))]
+    said = rescored(rows, load_scorer(reward_model, chat))
+    scores = [verdict.score for *_, verdict in said if verdict.score is not None]
     return {
         "reward_model": sum(scores) / len(scores),
         "verified": sum(verdict.score for verdict in verdicts) / len(verdicts),

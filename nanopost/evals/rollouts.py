@@ -1,6 +1,7 @@
 """What training does with completions once they are there: score them under a model, write them down."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 from nanopost.data.chat import Chat, decode, record_samples
 from nanopost.data.collate import collate, pad_ids
 from nanopost.data.schema import Record, Sample
+from nanopost.losses import kl_estimate, policy_ratio
+from nanopost.losses.variants import Variant, clip_holds
+from nanopost.micro_batches import in_parts
 from nanopost.models.heads import ScoreModel
 from nanopost.models.llama import Llama
-from nanopost.rewards.verdict import Verdict
+from nanopost.rewards.verdict import Unverified, Verdict
 from nanopost.rollout.types import Rollout
 
 
@@ -39,15 +43,18 @@ def completion_logps(
     Raises:
         ValueError: a sample that `collate` refuses, or a distribution that `token_logps` refuses.
     """
-    device, logps = next(model.parameters()).device, list[Tensor]()
-    for part in (samples[i : i + micro_batch] for i in range(0, len(samples), micro_batch)):
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+    def score(part: Sequence[Sample]) -> list[Tensor]:
         batch = collate(part, device=device)
         mask, ids = batch.completion_mask, (batch.input_ids, batch.target_ids)
-        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         scored = model.logps(*ids, mask=mask, spans=batch.spans, **options)
         rows = scored[mask].cpu().split(mask.sum(dim=1).tolist())
-        logps += [row.clone() for row in rows]  # a view drags its whole batch along
-    return logps
+        return [row.clone() for row in rows]  # a view drags its whole batch along
+
+    parts = in_parts(model, samples, score, micro_batch, desc="score")
+    return [row for part in parts for row in part]
 
 
 @torch.no_grad()
@@ -70,8 +77,41 @@ def completion_scores(
     if not sequences:
         raise ValueError("sequences is empty: there is nothing to score")
     device = next(model.parameters()).device
-    parts = [sequences[i : i + micro_batch] for i in range(0, len(sequences), micro_batch)]
-    return torch.cat([model.scores(*pad_ids(part, device=device)).float().cpu() for part in parts])
+
+    def score(part: Sequence[Sequence[int]]) -> Tensor:
+        return model.scores(*pad_ids(part, device=device)).float().cpu()
+
+    return torch.cat(in_parts(model, sequences, score, micro_batch, desc="score"))
+
+
+@torch.no_grad()
+def update_sums(
+    variant: Variant,
+    loss: Tensor,
+    logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+) -> dict[str, float]:
+    """What a line tells of a micro-batch, as sums over its tokens.
+
+    Args:
+        variant: the row of the table that the loss is of.
+        loss: this micro-batch's share.
+        logps, old_logps, ref_logps, advantages: (B, T), what it is made of.
+        mask: (B, T), the tokens that it tells of.
+    Returns:
+        loss, clipped, kl_old, kl_ref (k3, nats) and the number of tokens.
+    """
+    ratio = policy_ratio(logps, old_logps, mask, level=variant.ratio)
+    return {
+        "loss": float(loss),
+        "clipped": float(clip_holds(variant, ratio, advantages)[mask].sum()),
+        "kl_old": float(kl_estimate(old_logps, logps, kind="k3")[mask].sum()),
+        "kl_ref": float(kl_estimate(logps, ref_logps, kind="k3")[mask].sum()),
+        "tokens": float(mask.sum()),
+    }
 
 
 def trace(chat: Chat, record: Record, prompt: Sequence[int], *, longest: int) -> Rollout:
@@ -102,8 +142,21 @@ def trace(chat: Chat, record: Record, prompt: Sequence[int], *, longest: int) ->
     return Rollout(sample.ids[: sample.mask.index(True)], ids, old_logps, entropies, "stop")
 
 
+def trained_on(rollout: Rollout, verdict: Verdict | Unverified) -> tuple[Tensor, Sample]:
+    """A rollout's old log-probs and its sample; without a verdict no token of it is trained on."""
+    if verdict.score is not None:
+        return rollout.old_logps, rollout.sample
+    sample = rollout.sample
+    return rollout.old_logps[:0], replace(sample, mask=(False,) * len(sample.ids))
+
+
 def rollout_record(
-    chat: Chat, record: Record, rollout: Rollout, text: str, verdict: Verdict, advantage: float
+    chat: Chat,
+    record: Record,
+    rollout: Rollout,
+    text: str,
+    verdict: Verdict | Unverified,
+    advantage: float | None,
 ) -> dict[str, Any]:
     """A completion as a run folder keeps it: text, tokens, log-probs, verdict and mean advantage."""
     return {

@@ -1,12 +1,22 @@
-"""A verifier by its name, and what its verdict says of right and wrong."""
+"""A verifier by its name, what its verdict says of right and wrong, and what is done where it fails."""
 
-from collections.abc import Callable
+import math
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from nanopost.rewards.verdict import Verdict
+import torch
+from torch import Tensor
+
+from nanopost import distributed
+from nanopost.rewards.verdict import Unverified, Verdict
 
 Verifier = Callable[[str, Any], Verdict]  # completion, the record's answer
+SECONDS = 10.0  # a call that takes longer hangs
+SHARE, LEAST = 0.05, 100  # how many may fail, of the last ones; and of how many at least
 SHORT = {  # by the names that --verifier of the scripts has
     "gsm8k": "nanopost.rewards.math:gsm8k",
     "math": "nanopost.rewards.math:math_reward",
@@ -45,3 +55,94 @@ def is_right(verdict: Verdict) -> bool:
             f"this one has {dict(verdict.parts)}"
         )
     return value == 1
+
+
+def rewarded(verify: Verifier | None, *, reward_model: Path | None = None) -> Verifier:
+    """The verifier of a run whose reward a reward model may give: its own score then is a part, `verified`.
+
+    Args:
+        verify: None where there is none; a verdict has no parts then and its score is the reward model's.
+        reward_model: None where there is none.
+
+    Raises:
+        ValueError: neither is given. The verifier returned raises it for an answer that is None.
+    """
+    if verify is None and reward_model is None:
+        raise ValueError("verifier or reward_model must be given: nothing else tells a good answer")
+
+    def judge(completion: str, answer: Any) -> Verdict:
+        if verify is None:
+            return Verdict(0.0, {}, "no verifier: the score is the reward model's")
+        if answer is None:
+            raise ValueError("no answer to verify against")
+        verdict = verify(completion, answer)
+        if reward_model is None:
+            return verdict
+        return replace(verdict, parts={"verified": verdict.score, **verdict.parts})
+
+    return judge
+
+
+def judge(verify: Verifier, completion: str, answer: Any) -> Verdict | Unverified:
+    """A verdict, or why there is none: the verifier raised, or hung. That is no reward, also none of 0.
+
+    Python code is interrupted after `SECONDS`, by SIGALRM in the main thread; a call that hangs in C is not.
+    """
+    told, rung = f"no verdict after {SECONDS:g} s", list[int]()
+
+    def ring(number: int, _: Any) -> None:
+        rung.append(number)
+        raise TimeoutError(told)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)
+        verdict = verify(completion, answer)
+        return Unverified(told) if rung else verdict  # which caught the exception, and made something of it
+    except Exception as error:
+        return Unverified(told if rung else f"{type(error).__name__}: {error}")
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_verdicts(verdicts: Sequence[Verdict | Unverified], recent: list[tuple[float, float]]) -> None:
+    """Tell how many have none, and end the run where these are too many. Every rank calls.
+
+    Args:
+        verdicts: this rank's new ones.
+        recent: how many earlier calls were given and how many of them failed; it is kept here.
+    Raises:
+        RuntimeError: of the last calls, as many as hold `LEAST` verdicts, more than 5 % have failed; or all
+            of this one.
+    """
+    reasons = [verdict.reason for verdict in verdicts if verdict.score is None]
+    asked, failed = distributed.all_sum([len(verdicts), len(reasons)])
+    first = next(iter(distributed.join_rows(reasons[:1])), "")
+    recent.append((asked, failed))
+    while sum(count for count, _ in recent[1:]) >= LEAST:
+        recent.pop(0)
+    all_asked, all_failed = (sum(column) for column in zip(*recent, strict=True))
+    if failed:
+        told = f"{failed:.0f} of {asked:.0f} answers have no verdict, and so no reward (first: {first})"
+        if all_failed > SHARE * max(LEAST, all_asked) or failed == asked:
+            over = f"{all_failed:.0f} of the last {all_asked:.0f}, more than {SHARE:.0%} must not"
+            raise RuntimeError(f"{told}; {over}: mend the verifier and go on with --resume")
+        distributed.main_print(told)
+
+
+def rewards_of(verdicts: Sequence[Verdict | Unverified], *, group_size: int = 0) -> Tensor:
+    """Their scores, (N,), float64.
+
+    Args:
+        verdicts: where one is missing, its score is NaN.
+        group_size: G, of adjacent rows that are compared: a missing score is then that of the group's first
+            row with one, which differs from none; 0 where the group has none. 0: no groups, NaN stays.
+    """
+    scores = [math.nan if verdict.score is None else verdict.score for verdict in verdicts]
+    rewards = torch.tensor(scores, dtype=torch.float64)
+    for group in rewards.split(group_size) if group_size else ():
+        known = group[~group.isnan()]
+        group.nan_to_num_(float(known[0]) if len(known) else 0.0)
+    return rewards

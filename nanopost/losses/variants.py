@@ -31,6 +31,7 @@ from .checks import (
     check_mask,
     check_range,
     check_same_shape,
+    wide,
 )
 from .kl import kl_estimate
 from .likelihood import sequence_logps
@@ -132,7 +133,8 @@ def token_advantages(
 
     Args:
         variant: a row of VARIANTS; its β counts here when its KL is in the reward.
-        rewards: (N,), one a completion, the rows of a group adjacent.
+        rewards: (N,), one a completion, the rows of a group adjacent. A row without a token is no sample: its
+            reward is not read, and its group is compared without it.
         old_logps: (N, T), of the policy that sampled.
         ref_logps: (N, T), of the reference; not read when no KL is in the reward.
         mask: (N, T), the completion tokens.
@@ -144,20 +146,31 @@ def token_advantages(
     Raises: ValueError when the critic's values are missing, and what the functions of the row raise.
     """
     check_dims("mask", mask, 2)
-    mask, rewards = check_mask("mask", mask), rewards.detach()
+    mask = check_mask("mask", mask)
     check_same_shape(rewards=rewards, rows=mask.any(dim=1))
+    rewards = rewards.detach().masked_fill(~mask.any(dim=1), 0.0)
     check_groups("rewards", rewards, group_size)
     if variant.kl == "reward" and variant.baseline in BASELINES:
         rewards = rewards - variant.beta * sequence_logps((old_logps - ref_logps).detach(), mask)
     if variant.baseline in BASELINES:
-        advantages = BASELINES[variant.baseline](rewards, group_size)
-        return advantages[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
+        return _compared(variant.baseline, rewards, mask, group_size)
     shaped = kl_shaped_rewards(rewards, old_logps, ref_logps, mask, beta=variant.beta)
     if variant.baseline == "batch":
         return whiten(reward_to_go(shaped, mask, gamma=1.0), mask, total=total)
     if values is None:
         raise ValueError(f"values must be given: the baseline of {variant.name} is a critic, got None")
     return gae(shaped, values, mask, gamma=1.0, gae_lambda=gae_lambda)[0]
+
+
+def _compared(baseline: str, rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """A baseline's advantages, (N, T): each group among its rows with a token; who is alone there has 0."""
+    here, advantages = mask.any(dim=1), wide(torch.zeros_like(rewards))
+    counts = here.view(-1, group_size).sum(dim=1).repeat_interleave(group_size).where(here, 0)
+    for count in counts.unique().tolist():
+        if count > 1 or (count == 1 and group_size == 1) or (count == 1 and baseline == "none"):
+            rows = counts == count
+            advantages[rows] = BASELINES[baseline](rewards[rows], count)
+    return advantages[:, None].expand(mask.shape).masked_fill(~mask, 0.0)
 
 
 def policy_values(

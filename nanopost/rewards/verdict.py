@@ -6,7 +6,7 @@ answer that is no number, is an error: it must stop the run and not become a zer
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -21,3 +21,12 @@ class Verdict:
         for name, value in (("score", self.score), *self.parts.items()):
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
+
+
+@dataclass(frozen=True)
+class Unverified:
+    """No verdict, because the verifier failed: its score is None and never 0, it has no parts."""
+
+    reason: str
+    score: None = None
+    parts: Mapping[str, float] = field(default_factory=dict)

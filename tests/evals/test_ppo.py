@@ -17,7 +17,6 @@ from nanopost.evals.ppo import (
     load_scorer,
     parted,
     rescored,
-    rewarded,
     together,
 )
 from nanopost.models.heads import ScoreModel, load_score_model, save_score_model
@@ -25,7 +24,7 @@ from nanopost.models.lora_model import Adapter, add_adapter
 from nanopost.models.peft import save_adapter
 from nanopost.models.trainable import LoRA
 from nanopost.models.weights import load_model
-from nanopost.rewards.verdict import Verdict
+from nanopost.rewards.verdict import Unverified, Verdict
 from nanopost.rollout.types import Rollout
 from tests.chat_fixtures import make_chat
 from tests.tiny import TINY, hub_folder
@@ -148,23 +147,6 @@ def test_weights_part_into_a_policy_and_a_critic(tmp_path, start):
     assert both.state_dict()["beta"].dtype == torch.float64
 
 
-def exact(completion: str, answer: str) -> Verdict:
-    return Verdict(float(completion == answer), {"right": float(completion == answer)}, "compared")
-
-
-def test_the_verifiers_score_is_a_part_where_a_reward_model_scores(tmp_path, critic):
-    assert rewarded(exact, reward_model=None)("a", "a") == exact("a", "a")
-    verdict = rewarded(exact, reward_model=tmp_path)("a", "b")
-    assert verdict.parts == {"verified": 0.0, "right": 0.0}
-    alone = rewarded(None, reward_model=tmp_path)("a", None)
-    assert not alone.parts and "no verifier" in alone.reason
-    with pytest.raises(ValueError, match="no answer to verify against"):
-        rewarded(exact, reward_model=tmp_path)("a", None)
-    assert rewarded(exact, reward_model=None)("0", 0).score == 0.0  # an answer of 0 is an answer
-    with pytest.raises(ValueError, match="verifier or reward_model must be given"):
-        rewarded(None, reward_model=None)
-
-
 def test_only_the_score_changes_when_rows_are_rescored(critic):
     record = Record(file="f", line=1, messages=(), answer="a", text=None, meta={})
     nothing = torch.zeros(1)
@@ -172,10 +154,12 @@ def test_only_the_score_changes_when_rows_are_rescored(critic):
         Rollout((3, 1), (4,), nothing, nothing, "stop"),
         Rollout((5,), (9, 2, 6), nothing, nothing, "stop"),
     ]
-    rows = [(record, r, "a", exact("a", "a")) for r in rollouts]
+    rows = [(record, r, "a", Verdict(1.0, {"right": 1.0}, "compared")) for r in rollouts]
     told = rescored(rows, critic, micro_batch=2)
     for (_, r, text, verdict), row in zip(told, rows, strict=True):
         expected = critic(torch.tensor([r.sample.ids]))[0, -1, 0].item()
         assert verdict.score == pytest.approx(expected, abs=1e-5) and verdict.score != 1.0
         assert (r, text, verdict.parts, verdict.reason) == (*row[1:3], row[3].parts, row[3].reason)
     assert rescored([], critic) == []
+    missing = (record, rollouts[0], "a", Unverified("the verifier failed"))
+    assert rescored([missing], critic) == [missing]

@@ -158,6 +158,8 @@ def test_verifiers_that_judge_wrongly(monkeypatch):
     assert good.outcome == "pass" and "other rows' gold 0," in good.told and "ms a call" in good.told
     fails(data.verifier(scored(lambda c, a: 0.0), records), "verifier", "chats.jsonl:7", "scores 0, not 1")
     fails(data.verifier(scored(lambda c, a: 1.0), records), "verifier", "an empty answer scores 1")
+    broken = data.verifier(scored(lambda c, a: 1.0 / len(c)), records)
+    fails(broken, "verifier", "chats.jsonl:7: no verdict", "ZeroDivisionError")
     paid = data.verifier(scored(lambda c, a: float(bool(c))), records)
     assert paid.outcome == "warn" and "other rows' gold 1" in paid.told
     alike = data.verifier(gsm8k, records[:1] * 3)
@@ -222,22 +224,22 @@ def losses(model, wrong: str):
 @pytest.mark.parametrize("wrong", ["", "mean of means", "scaled"])
 def test_a_gradient_that_depends_on_micro_batches(hub, model, wrong):
     rows = [s for text in ("b", "hello hello", "to") for s in record_samples(load_chat(hub), talk("a", text))]
-    splits = [rows], [[row] for row in rows]
-    one, many = (models.gradient(model, losses(model, wrong), split, rows) for split in splits)
+    one, many = (models.gradient(model, losses(model, wrong), rows, rows, size=size) for size in (3, 1))
+    assert one.passes == 1 and many.passes == 3
     assert all(parameter.grad is None for parameter in model.parameters())
     check = models.micro_batches(one, many, rows=3)
     if wrong:
         fails(check, "micro-batch", "gradient")
     assert wrong or check.outcome == "pass"
     assert one.loss > 1 and one.grads[0].abs().max() > 0
-    still = models.Gradient(1.0, [torch.zeros(3)])
+    still = models.Gradient(1.0, [torch.zeros(3)], 1)
     assert models.micro_batches(still, still, rows=3).outcome == "warn"
 
 
 @pytest.mark.parametrize("name", ["nanopost", "grpo", "gspo", "cispo"])
 def test_the_gradient_of_a_variant_is_that_of_its_rows_one_by_one(model, rollouts, name):
     rows, loss = list(enumerate(rollouts)), sampling.rollout_loss(model, VARIANTS[name], {"temperature": 2.0})
-    one, many = (models.gradient(model, loss, split, rows) for split in ([rows], [[row] for row in rows]))
+    one, many = (models.gradient(model, loss, rows, rows, size=size) for size in (4, 1))
     assert models.micro_batches(one, many, rows=4).outcome == "pass"
     assert max(float(grad.abs().max()) for grad in one.grads) > 1e-3
 

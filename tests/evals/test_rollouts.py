@@ -9,11 +9,11 @@ import torch
 from nanopost.data.chat import decode, prompt_ids, prompt_messages
 from nanopost.data.collate import collate
 from nanopost.data.schema import Sample, parse_record
-from nanopost.evals.rollouts import completion_logps, completion_scores, rollout_record, trace
+from nanopost.evals.rollouts import completion_logps, completion_scores, rollout_record, trace, trained_on
 from nanopost.evals.stages import sequence_kl
 from nanopost.models.heads import ScoreModel
 from nanopost.models.llama import Llama
-from nanopost.rewards.verdict import Verdict
+from nanopost.rewards.verdict import Unverified, Verdict
 from nanopost.rollout.types import Rollout
 from tests.chat_fixtures import make_chat
 from tests.tiny import TINY, tiny_model
@@ -100,6 +100,16 @@ def test_a_trace_is_the_records_answer_up_to_its_stop(tmp_path: Path) -> None:
         trace(chat, record, prompt[:3], longest=200)
     with pytest.raises(ValueError, match=r"x\.jsonl:4: the record has no assistant turn"):
         trace(chat, parse_record({"messages": messages[:1]}, file="x.jsonl", line=4), prompt, longest=200)
+
+
+def test_without_a_verdict_no_token_is_trained_on(model: Llama) -> None:
+    rollout = Rollout((1, 2), (3, 4, 5), torch.tensor([-0.5, -0.25, -1.0]), torch.zeros(3), "stop")
+    old, sample = trained_on(rollout, Verdict(0.0, {}, "wrong"))
+    assert old is rollout.old_logps and sample == rollout.sample
+    old, sample = trained_on(rollout, Unverified("gone"))
+    assert len(old) == 0 and sample.ids == rollout.sample.ids and not any(sample.mask)
+    scored = completion_logps(model, [rollout.sample, sample, rollout.sample])
+    assert [len(row) for row in scored] == [3, 0, 3]
 
 
 def test_a_written_record_holds_what_happened(tmp_path: Path) -> None:

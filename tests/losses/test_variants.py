@@ -141,6 +141,33 @@ def test_advantages_are_detached_and_zero_outside_the_mask() -> None:
         assert not advantages[~mask].any(), row.name
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_completion_without_a_token_is_no_sample(name: str) -> None:
+    """Nobody scored the second of eight: its group is one of three, and what is of a step has seven rows."""
+    row, rollout = VARIANTS[name], on_policy()
+    keys = ("rewards", "old_logps", "ref_logps", "mask", "values")
+    columns = {key: torch.cat([rollout[key], rollout[key].flip(0)]) for key in keys}
+    first, second, most = [0, 2, 3], [4, 5, 6, 7], [0, 2, 3, 4, 5, 6, 7]
+
+    def advantages(places: list[int], size: int, **changes: Tensor) -> Tensor:
+        *inputs, values = ({**columns, **changes}[key][places] for key in keys)
+        return token_advantages(row, *inputs, group_size=size, values=values)
+
+    rewards, mask = columns["rewards"].clone(), columns["mask"].clone()
+    rewards[1], mask[1] = math.nan, False
+    found = advantages([*range(8)], 4, rewards=rewards, mask=mask)
+    expected = torch.cat([advantages(first, 3), advantages(second, 4)])
+    if row.baseline in ("batch", "critic"):
+        expected = advantages(most, 1)
+    assert not found[1].any() and expected.abs().max() > 1e-2
+    torch.testing.assert_close(found[most], expected, rtol=0.0, atol=1e-14)
+    mask[[2, 3]] = False  # the first is alone now
+    (alone,) = advantages([*range(4)], 4, rewards=rewards, mask=mask)[0, :1].tolist()
+    if row.baseline in ("group_mean", "group_std", "leave_one_out"):
+        assert alone == 0.0
+    assert row.baseline != "none" or alone == REWARDS[0]
+
+
 def test_choose_overrides_what_a_row_has_and_refuses_the_rest() -> None:
     row = choose("grpo", clip_low=0.1, clip_high=None, beta=0.0)
     assert (row.clip_low, row.clip_high, row.beta) == (0.1, 0.2, 0.0)

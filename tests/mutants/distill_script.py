@@ -55,8 +55,8 @@ MUTANTS = [
         source="TRL#4105",
         story="The sum over tokens is divided by samples: the longer the answers, the larger the step.",
         file=SCRIPT,
-        before="sum(sum(sample.mask) for sample in mine)",
-        after="len(mine)",
+        before="distributed.all_sum(tokens_of(mine))",
+        after="distributed.all_sum(len(mine))",
         killer=f"{LINE}[reverse]",
     ),
     Mutant(
@@ -272,8 +272,8 @@ MUTANTS = [
         source="our own",
         story="--top-p is taken and written down, and the samples are of the whole distribution.",
         file=SCRIPT,
-        before='"top_p": cfg.top_p, ',
-        after='"top_p": 1.0, ',
+        before='"top_p": cfg.top_p}',
+        after='"top_p": 1.0}',
         killer=f"{OWN}[jsd]",
     ),
     Mutant(

@@ -138,8 +138,8 @@ MUTANTS = [
         source="trl#1380",
         story="Each micro-batch has a z of its own: cutting the step otherwise changes the gradient.",
         file=SCRIPT,
-        before="part_loss, part_sums = measure(part, counts, z)",
-        after="part_loss, part_sums = measure(part, counts, mismatch_kl(part))",
+        before="part_loss, sums = measure(part, counts, z)",
+        after="part_loss, sums = measure(part, counts, mismatch_kl(part))",
         killer=f"{LINE}[kto]",
     ),
     Mutant(

@@ -131,8 +131,8 @@ MUTANTS = [
         source="our own",
         story="Scores come back sorted by length: rewards belong to other answers.",
         file=ROLLOUTS,
-        before="    parts = [sequences[i : i + micro_batch]",
-        after="    sequences = sorted(sequences, key=len)\n    parts = [sequences[i : i + micro_batch]",
+        before="in_parts(model, sequences, score,",
+        after="in_parts(model, sorted(sequences, key=len), score,",
         killer=f"{TEST_ROLLOUTS}::test_scores_come_in_the_order_of_the_sequences[3]",
     ),
     Mutant(

@@ -25,13 +25,10 @@ MUTANTS = [
         source="verl#3332",
         story="The log shows a mean, but the gradient is that of the sum, and the clip holds in every step.",
         file=SFT,
-        before="""part_loss = share(part, denom)
-            part_loss.backward()
-""",
-        after="""part_loss = share(part, 1.0)
-            part_loss.backward()
-            part_loss = part_loss / denom
-""",
+        before="""(loss := share(samples, denom)).backward()
+        return float(loss.detach())""",
+        after="""(loss := share(samples, 1.0)).backward()
+        return float(loss.detach()) / denom""",
         killer=f"{TEST_SFT}::test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens",
     ),
     Mutant(
@@ -48,8 +45,8 @@ MUTANTS = [
         source="torchtune#2172",
         story="The denominator is the rank's share of the step: the sum over two ranks is twice too large.",
         file=SFT,
-        before="denom = tokens_of(samples)  # the whole",
-        after="denom = tokens_of(distributed.shard_rows(samples))  # the whole",
+        before="tokens_of(samples)  # the whole",
+        after="tokens_of(distributed.shard_rows(samples))  # the whole",
         killer=f"{TEST_SFT}::test_micro_batches_and_ranks_change_nothing",
     ),
     Mutant(

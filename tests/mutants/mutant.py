@@ -4,6 +4,7 @@ Each room of the project has a file here with a list `MUTANTS`; tests/test_mutan
 project with one mutant at a time and runs its killer there.
 """
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,17 @@ def patched(mutant: Mutant) -> str:
 
 
 def write_mutant(mutant: Mutant, folder: Path) -> None:
-    """A copy of the project with the bug in it: scripts and further processes run the bug too."""
-    shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
+    """A copy of the project with the bug in it: scripts and further processes run the bug too.
+
+    Files are links to ours where the disk is the same, which is twice as quick; the one with the bug is not.
+    """
+    shutil.copytree(ROOT, folder, ignore=LEFT_OUT, copy_function=_link)
+    (folder / mutant.file).unlink()
     (folder / mutant.file).write_text(patched(mutant), encoding="utf-8")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)

@@ -123,6 +123,41 @@ def test_ranks_take_the_steps_of_one_process(runs: Runs, name: str, dtype: str, 
         within(f"world sizes, {dtype}", weights, tensors)
 
 
+# ---- memory that runs out
+
+NARROW = """
+import torch
+from nanopost import optim
+backward, set_lr = torch.Tensor.backward, optim.set_lr
+def narrow(self, *args, **more):
+    backward(self, *args, **more)
+    if due and due.pop():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+def arm(optimizer, lr):
+    set_lr(optimizer, lr)
+    due.append(len(due) == 0)
+due = []
+torch.Tensor.backward, optim.set_lr = narrow, arm
+"""
+
+
+def test_memory_that_runs_out_changes_no_step(
+    runs: Runs, flags: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """In the first pass of every step, behind a gradient that is there then and must not count."""
+    commands = [[f"train_{name}.py", *own, "--out", str(tmp_path / name)] for name, own in flags.items()]
+    printed = run_script(["-c", NARROW + IN_A_ROW, json.dumps(["float64", commands])], ranks=1, limit=240)
+    for name in flags:
+        told, expected = (metrics.read_records(folder / name) for folder in (tmp_path, runs("float64", 1)))
+        assert len(told) == 2
+        ours, theirs = (
+            [{k: v for k, v in row.items() if k not in TIMES} for row in rows] for rows in (told, expected)
+        )
+        within("world sizes, float64", ours, theirs)
+    halved = printed.count("rows a pass (--micro-batch)")
+    assert halved == printed.count("the batch and its gradient stay the same") >= 2 * len(flags), printed
+
+
 # ---- a rank that is gone
 
 

@@ -1,0 +1,116 @@
+"""Out of memory: fewer rows a pass, the same step."""
+
+import os
+import resource
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nanopost import distributed
+from nanopost.micro_batches import in_parts, sum_parts
+from tests.ranks import run_function
+
+
+class Narrow:
+    """Rows through a linear layer; that more than `most` do not fit is found out on the way back."""
+
+    def __init__(self, most: int) -> None:
+        self.model, self.most, self.seen = nn.Linear(3, 1).double(), most, list[list[int]]()
+        self.left: list[weakref.ref[torch.Tensor]] = []
+
+    def learn(self, rows: list[int]) -> dict[str, float]:
+        assert not any(tensor() is not None for tensor in self.left), "what was broken off holds its memory"
+        self.seen.append(list(rows))
+        x = torch.tensor(rows, dtype=torch.float64)[:, None].expand(-1, 3)
+        loss = (hidden := self.model(x)).square().sum()
+        loss.backward()
+        if len(rows) > self.most:
+            self.left.append(weakref.ref(hidden))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return {"loss": float(loss.detach()), "rows": len(rows)}
+
+
+def test_the_gradient_of_a_step_that_did_not_fit_is_that_of_one_that_did(capsys):
+    torch.manual_seed(0)
+    small = Narrow(2)
+    large = Narrow(9)
+    large.model.load_state_dict(small.model.state_dict())
+    optimizer = torch.optim.SGD(small.model.parameters(), lr=0.1)
+    rows = list(range(9))
+    sums = sum_parts(small.model, rows, small.learn, 8, optimizer)
+    assert small.seen == [[*range(8)], [0, 1, 2, 3], [0, 1], [2, 3], [4, 5], [6, 7], [8]]
+    assert sums == pytest.approx(large.learn(rows)) and sums["rows"] == 9
+    for one, other in zip(small.model.parameters(), large.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=0.0)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == (
+        "rank 0 is out of memory with 8 rows a pass (--micro-batch): 4 from here on; the batch and its "
+        "gradient stay the same"
+    )
+    small.seen.clear()  # the size is kept, for what is only scored too
+    in_parts(small.model, rows[:5], small.learn, 8, optimizer)
+    assert small.seen == [[0, 1], [2, 3], [4]] and len(told) == 2 and not capsys.readouterr().out
+
+
+def test_a_size_that_no_row_has_is_not_tried():
+    """A step of 5 rows under --micro-batch 64: the next size is 2, not 32."""
+    narrow = Narrow(2)
+    assert len(in_parts(narrow.model, list(range(5)), narrow.learn, 64, narrow.model)) == 3
+    assert [len(rows) for rows in narrow.seen] == [5, 2, 2, 1]
+
+
+def test_one_row_that_does_not_fit_ends_the_run():
+    narrow = Narrow(0)
+    with pytest.raises(MemoryError, match=r"out of memory with 1 rows a pass .*--recompute, --lora-rank"):
+        in_parts(narrow.model, [1, 2], narrow.learn, 2, narrow.model)
+
+
+def test_another_error_is_no_matter_of_memory():
+    def act(rows: list[int]) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        in_parts(nn.Linear(1, 1), [1, 2], act, 2)
+    assert in_parts(nn.Linear(1, 1), [], act, 2) == []
+
+
+def within_a_limit(room: int) -> list:
+    """On one rank: the allocator itself says no. 32 MB a row, `room` MB for all of them."""
+    torch.set_num_threads(1)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + room * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    sizes: list[int] = []
+
+    def act(rows: list[int]) -> float:
+        sizes.append(len(rows))
+        return float(torch.ones(len(rows), 2**23).sum()) / 2**23
+
+    return [sizes, in_parts(nn.Linear(1, 1), list(range(16)), act, 16)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own size from /proc")
+def test_the_memory_of_this_machine_runs_out():
+    ((sizes, sums),) = run_function(__name__, "within_a_limit", ranks=1, args=[300])
+    assert sizes[:2] == [16, 8] and len(sums) > 1 and sum(sums) == 16
+
+
+def on_one_of_two() -> str:
+    narrow = Narrow(9 - distributed.rank() * 8)
+    try:
+        in_parts(narrow.model, [1, 2, 3, 4], narrow.learn, 4, narrow.model)
+    except MemoryError as error:
+        return str(error)
+    return ""
+
+
+def test_several_ranks_are_told_what_to_start_again_with():
+    """The others already wait in a pass that this one cannot end."""
+    fine, lost = run_function(__name__, "on_one_of_two", ranks=2)
+    assert not fine and lost == (
+        "rank 1 is out of memory with 4 rows a pass (--micro-batch): start all ranks again with "
+        "--micro-batch 2, and --resume where a state is saved"
+    )
