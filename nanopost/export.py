@@ -9,6 +9,7 @@ from nanopost import atomic, distributed
 from nanopost.data.chat import Chat, copy_chat
 from nanopost.models.heads import ActorCritic, ScoreModel
 from nanopost.models.llama import Llama
+from nanopost.models.others import certificate_of_run
 from nanopost.models.trainable import save_policy, save_scores
 from nanopost.report import offer_report
 
@@ -29,7 +30,9 @@ def write_policy(
         with atomic.atomic_folder(run / "model") as folder:
             copy_chat(base, folder)
             told = save_policy(model, weights, folder, base=base, stop_ids=stop_ids)
-        distributed.main_print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
+        distributed.main_print(f"model: {run / 'model'}{told}")
+        tell_others(run / "model")
+        distributed.main_print(f"report: {offer_report(run)}")
 
 
 def write_scores(
@@ -57,3 +60,10 @@ def write_scores(
             start = base if isinstance(base, Path) else chat.folder
             told = save_scores(model, weights, folder, base=start, stop_ids=chat.stop_ids, labels=labels)
         distributed.main_print(f"{place.name}: {place}{told}")
+        tell_others(place)
+
+
+def tell_others(folder: Path) -> None:
+    """Behind our own certificate those of transformers and peft, where they are installed."""
+    for line in certificate_of_run(folder):
+        distributed.main_print(f"  {line}")

@@ -9,8 +9,10 @@ import os
 import runpy
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,6 +25,9 @@ if CONTEXT.get_start_method() == "forkserver":
         ]
     )
 
+# A start looks at every process whether it has ended: of two threads that look at once, one reads no status.
+ONE_AT_A_TIME = threading.Lock()
+
 
 def run_pytest(
     folder: Path, arguments: Sequence[str], *, environment: dict[str, str], seconds: float
@@ -34,11 +39,13 @@ def run_pytest(
     """
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as printed:
         process = CONTEXT.Process(target=_become_pytest, args=(folder, arguments, environment, printed.name))
-        process.start()
-        process.join(seconds)
-        if process.is_alive():
+        with ONE_AT_A_TIME:
+            process.start()
+        if not connection.wait([process.sentinel], seconds):
             process.kill()
             raise TimeoutError(f"pytest {' '.join(arguments)} did not end in {seconds} s:\n{printed.read()}")
+        with ONE_AT_A_TIME:
+            process.join()
         return int(process.exitcode or 0), printed.read()
 
 

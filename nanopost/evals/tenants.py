@@ -1,16 +1,18 @@
 """Requests of many tenants beside one base: routed by a table, recorded, answered in one mixed batch."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nanopost.data.chat import decode, load_chat
+from nanopost.atomic import replace_file
+from nanopost.data.chat import decode, load_chat, prompt_ids
 from nanopost.data.schema import Message, Record
 from nanopost.evals.stages import complete
 from nanopost.models.bank import add_to_bank, open_bank
-from nanopost.models.peft import check_origin
+from nanopost.models.config import load_config
+from nanopost.models.peft import check_origin, origin, read_adapter
 from nanopost.models.registry import audited, read_table, register, stored, write_audit
 from nanopost.models.weights import load_model
 
@@ -25,7 +27,7 @@ def deploy(store: str | Path, folders: Mapping[str, Path], version: str, table: 
         table: the file to write.
     """
     entries = {tenant: {version: register(store, folder)} for tenant, folder in folders.items()}
-    Path(table).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    replace_file(Path(table), (json.dumps(entries, indent=2) + "\n").encode())  # it may be in use
 
 
 def answers(
@@ -51,8 +53,9 @@ def answers(
         other tenant's loss.
 
     Raises:
-        ValueError: a request without a text or that the table does not know, an adapter that is not in the
-            store, has changed or belongs beside another base: nothing is answered then.
+        ValueError: a request without a text, with one that leaves no room, or that the table does not know;
+            an adapter that is not in the store, has changed or belongs beside another base, or another format
+            of it than the others': nothing is answered or recorded then.
     """
     for request in requests:
         if not isinstance(request.get("text"), str):
@@ -61,16 +64,39 @@ def answers(
             )
     routes, now = read_table(table), datetime.now(UTC).isoformat()
     records = [audited(routes, request, time=now) for request in requests]
-    chat, model = load_chat(base), open_bank(load_model(base))
-    for name in sorted({record["adapter"] for record in records}):
-        check_origin(stored(store, name), base, nf4=False)
-        add_to_bank(model, name, stored(store, name))
-    write_audit(audit, records)
     asked = [Record((Message("user", request["text"]),), None, None, {}, "", 0) for request in requests]
+    chat, room = load_chat(base), load_config(base).max_position_embeddings - max_new_tokens
+    for request, record in zip(requests, asked, strict=True):
+        if (count := len(prompt_ids(chat, record.messages))) > room:
+            told = f"the prompt has {count} tokens, {room} leave room for max_new_tokens"
+            raise ValueError(f"request {request['id']}: {told}")
     adapters = [record["adapter"] for record in records]
+    folders = {name: stored(store, name) for name in sorted(set(adapters))}
+    model = open_bank(load_model(base, four_bits=quantised(folders.values())))
+    for name, folder in folders.items():
+        check_origin(folder, base, nf4=bool(quantised([folder])))
+        add_to_bank(model, name, folder)
+    write_audit(audit, records)
     settings: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "seed": 0}
     drawn = complete(model, chat, asked, adapters=adapters, **settings)
     return [None if r.finish_reason == "error" else decode(chat, r.completion_ids) for r in drawn]
+
+
+def quantised(folders: Collection[Path]) -> tuple[str, ...]:
+    """The layers of the base that all these adapters stand beside in four bits; none where they were trained
+    beside the weights as they are, or do not say.
+
+    Raises:
+        ValueError: adapters of a batch that need different bases, by their folders.
+    """
+    found = dict[tuple[str, ...], Path]()
+    for folder in folders:
+        layers = read_adapter(folder).targets if origin(folder).get("nf4") == "True" else ()
+        found.setdefault(layers, folder)
+    if len(found) > 1:
+        one, other, *_ = found.values()
+        raise ValueError(f"{one} and {other} stand beside one base in different formats: ask them apart")
+    return next(iter(found), ())
 
 
 def costs(base: str | Path, store: str | Path, table: str | Path) -> dict[str, tuple[int, int]]:

@@ -53,10 +53,8 @@ class MixedLinear(nn.Module):
 
     def __init__(self, base: nn.Linear | NF4Linear, seats: threading.local):
         super().__init__()
-        self.base, self.seats = (
-            base,
-            seats,
-        )  # the whole model's, taken while a pass runs; each thread has its own
+        self.base = base
+        self.seats = seats  # the whole model's, taken while a pass runs; each thread has its own
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # by name; the scale is in lora_B
         self.stack: tuple[Any, tuple[Tensor, Tensor]] | None = None
@@ -108,7 +106,11 @@ def open_bank(model: Llama) -> Llama:
 
     Returns:
         The same model. Every pass through it needs `seat` first, and uses the seats up: none can be stale.
+    Raises:
+        ValueError: it is a bank already.
     """
+    if hasattr(model, "bank"):
+        raise ValueError("the model has room for many adapters already: open_bank was called before")
     seats, bank = threading.local(), dict[str, MixedLinear]()
     model.requires_grad_(False)
     for name in [name for name, _ in model.named_modules() if name.split(".")[-1] in TARGETS["all"]]:

@@ -8,25 +8,21 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from hashlib import sha256
-from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from nanopost.models.config import FAMILIES, LlamaConfig, load_config, read_json
 from nanopost.models.header import check_entries, read_headers, shard_files
 from nanopost.models.heads import HEAD, ScoreModel, load_either, save_score_model
 from nanopost.models.llama import Llama
-from nanopost.models.peft import load_adapter, origin, read_adapter
+from nanopost.models.others import known_ids, read_beside, read_by_others, score_count
+from nanopost.models.peft import check_factors, origin
 from nanopost.models.weights import TIED, save_model, words
 
 
@@ -59,7 +55,17 @@ def describe(folder: str | Path) -> Iterator[str]:
     yield f"vocabulary  {vocabulary(folder, c)}"
     yield f"stop ids    {stop_ids(folder, c)}"
     yield f"template    {template(folder)}"
+    if (adapter := folder / "adapter").is_dir():
+        yield f"adapter     {adapter_line(adapter, model)}"
     yield f"read by     what reads a {FAMILIES[c.model_type]}For{kind}; --logits asks transformers"
+
+
+def adapter_line(folder: Path, model: Llama | ScoreModel) -> str:
+    """Rank, scale, layers and base of the adapter that was merged into a model; its tensors fit that."""
+    adapter = check_factors(folder, model)
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    beside = f"beside {base}" + (" in four bits" if origin(folder).get("nf4") == "True" else "")
+    return f"rank {adapter.rank}, α {adapter.alpha:g}, {', '.join(adapter.targets)}; {beside}"
 
 
 def shape(c: LlamaConfig) -> str:
@@ -137,75 +143,34 @@ def check_finite(folder: str | Path) -> int:
 
 
 @torch.no_grad()
-def certificate(folder: str | Path, work: Path) -> Iterator[str]:
+def certificate(folder: Path, work: Path) -> Iterator[str]:
     """How far what a folder's model says is from what others read, in float32: logits, or scores.
 
     Args:
         folder: to be read.
         work: an empty folder: the model is written there and read again.
+
+    Raises:
+        ValueError: written and read again, or as base and adapter, it is another model.
     """
-    head = read_headers(folder).get(HEAD)
-    scores = head.shape[0] if head else 0
-    model, count = load_either(folder, scores), words(folder, load_config(folder))
-    ids, what = torch.arange(3, 35)[None] % count, "scores" if scores else "logits"
-    ours = model(ids)[..., : scores or count]
+    scores = score_count(folder)
+    model, what = load_either(folder, scores), "scores" if scores else "logits"
     if scores:
         labels = [str(number) for number in range(scores)]
         save_score_model(model.config, model.state_dict(), work, stop_ids=(0,), labels=labels)
     else:
         save_model(model.config, model.state_dict(), work, stop_ids=(0,))
-    again = load_either(work, scores)(ids)[..., : scores or count]
-    yield f"{what}      written and read again: {(again - ours).abs().max():.2g} away"
-    if (adapter := Path(folder) / "adapter").is_dir():
-        yield from adapter_certificate(adapter, ids, ours, scores=scores)
-    if find_spec("transformers") is None:
-        yield f"{what}      transformers is not installed"
-        return
-    for which, place in (("it", folder), ("what was written", work)):
-        told = heard(which, ours, ids, partial(transformers_model, place, scores), scores=scores)
-        yield f"{what}      transformers {version('transformers')} {told}"
-
-
-def transformers_model(folder: str | Path, scores: int) -> Any:
-    """The folder as transformers reads it; with scores as a score model, a head that is not there made up."""
-    library = import_module("transformers")
-    if not scores:
-        return library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    auto = library.AutoModelForSequenceClassification
-    model = auto.from_pretrained(folder, dtype=torch.float32, num_labels=scores)
-    model.config.pad_token_id = None  # no id is padding here: it reads the last token
-    return model
-
-
-def heard(what: str, ours: Tensor, ids: Tensor, load: Callable[[], Any], *, scores: int) -> str:
-    """How far their model is from what ours says (a score model at the last token), or why there is none."""
-    wanted = ours[:, -1] if scores else ours
-    try:
-        away = (load()(ids).logits[..., : wanted.shape[-1]] - wanted).abs().max()
-    except Exception as error:  # another project may refuse in any way
-        return f"refuses {what}: {' '.join(str(error).split())[:200]}"
-    return f"reads {what}: {away:.2g} away, of {wanted.abs().max():.2g}"
-
-
-def adapter_certificate(adapter: Path, ids: Tensor, merged: Tensor, *, scores: int) -> Iterator[str]:
-    """How far what the base says with its adapter beside it is from what the merged model says."""
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not base or not Path(base).is_dir():
-        yield f"adapter     its base {base} is not here"
-        return
-    four_bits = read_adapter(adapter).targets if origin(adapter).get("nf4") == "True" else ()
-    beside = load_adapter(load_either(base, scores, four_bits=four_bits), adapter)(ids)
-    away = (beside[..., : merged.shape[-1]] - merged).abs().max()
-    yield f"adapter     beside its base: {away:.2g} away from the merged model"
-    if four_bits:
-        yield "adapter     its base is in four bits, which peft makes otherwise: not compared"
-        return
-    if find_spec("transformers") is None or find_spec("peft") is None:
-        yield "adapter     transformers and peft are not both installed"
-        return
-    peft = import_module("peft").PeftModel.from_pretrained
-    told = heard("it", merged, ids, lambda: peft(transformers_model(base, scores), adapter), scores=scores)
-    yield f"adapter     peft {version('peft')} {told}"
+    ids, count = known_ids(folder), scores or words(folder, model.config)
+    again, ours = (read(ids)[..., :count] for read in (load_either(work, scores), model))
+    away = float((again - ours).abs().max())
+    if away:
+        raise ValueError(f"{folder}: written and read again, its {what} are {away:.2g} away")
+    yield f"{what}      written and read again: 0 away"
+    if (adapter := folder / "adapter").is_dir():
+        yield from (f"adapter     {line}" for line in read_beside(adapter))
+    yield from (f"{what}      {line}" for line in read_by_others(folder))
+    if find_spec("transformers"):
+        yield from (f"{what}      {line}" for line in read_by_others(work, name="what was written"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -233,5 +198,5 @@ def main(arguments: list[str] | None = None) -> None:
             with TemporaryDirectory() as work:
                 for line in certificate(given.folder, Path(work)):
                     print(line)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None

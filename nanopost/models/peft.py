@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nanopost.models.config import read_json
-from nanopost.models.header import check_entries, read_header
+from nanopost.models.header import Entry, check_entries, read_header
 from nanopost.models.lora_model import TARGETS, Adapter, M, adapter_of, add_adapter, layers_of, rank_and_alpha
 from nanopost.models.nf4 import NF4Linear
-from nanopost.models.weights import weights_id
+from nanopost.models.weights import weights_id, write_safetensors
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 HEAD = "score.weight"
@@ -64,8 +64,7 @@ def save_adapter(
     trained |= {HEAD: state[HEAD]} if HEAD in state else {}
     tensors = {f"{PREFIX}{name}": x.detach().contiguous() for name, x in trained.items()}
     nf4 = any(isinstance(module, NF4Linear) for module in model.modules())
-    origin = {"format": "pt", "base": weights_id(base), "nf4": str(nf4)}
-    save_file(tensors, folder / WEIGHTS, metadata=origin)
+    write_safetensors(tensors, folder / WEIGHTS, metadata={"base": weights_id(base), "nf4": str(nf4)})
     raw = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if HEAD in state else "CAUSAL_LM",
@@ -145,6 +144,48 @@ def check_origin(folder: str | Path, base: str | Path, *, nf4: bool) -> None:
         raise ValueError(f"{folder} belongs beside weights {beside}")
 
 
+def check_factors(folder: str | Path, model: nn.Module | None = None) -> Adapter:
+    """What an adapter is whose file has the factors of its layers, each of its shape; no number is read.
+
+    Args:
+        folder: of the adapter.
+        model: whose layers it must fit; None: any, as long as factors are in pairs.
+
+    Raises:
+        ValueError: naming file and tensor: one that is missing, unknown or of another shape.
+    """
+    adapter, path = read_adapter(folder), Path(folder) / WEIGHTS
+    entries, wanted = read_header(path), dict[str, tuple[int, ...]]()
+    sizes = layers_told(entries, adapter) if model is None else layer_sizes(model, adapter)
+    if not sizes:
+        raise ValueError(f"{path}: no tensor is a factor of {', '.join(adapter.targets)}")
+    for name, (rows, columns) in sizes.items():
+        rank = rank_and_alpha(adapter, name)[0]
+        wanted[f"{PREFIX}{name}.lora_A.weight"] = rank, columns
+        wanted[f"{PREFIX}{name}.lora_B.weight"] = rows, rank
+    if (head := entries.get(PREFIX + HEAD)) and (model is None or hasattr(model, "score")):
+        wanted[PREFIX + HEAD] = head.shape if model is None else tuple(model.score.weight.shape)  # type: ignore[union-attr, arg-type]
+    check_entries(entries, wanted, path)
+    return adapter
+
+
+def layer_sizes(model: nn.Module, adapter: Adapter) -> dict[str, tuple[int, int]]:
+    """(out, in) of a model's layers that an adapter names."""
+    found = layers_of(model, adapter)
+    return {name: (layer.out_features, layer.in_features) for name, layer in found.items()}
+
+
+def layers_told(entries: Mapping[str, Entry], adapter: Adapter) -> dict[str, tuple[int, int]]:
+    """The same as far as a file tells it: by the factors of layers that the adapter names."""
+    found = dict[str, tuple[int, int]]()
+    shapes = {name.removeprefix(PREFIX): entry.shape for name, entry in entries.items()}
+    for name in (name.split(".lora_")[0] for name in shapes if ".lora_" in name):
+        lora_B, lora_A = (shapes.get(f"{name}.lora_{x}.weight", (0, 0)) for x in "BA")
+        if name.split(".")[-1] in adapter.targets:
+            found[name] = lora_B[0] if lora_B else 0, lora_A[-1] if lora_A else 0
+    return found
+
+
 def read_factors(model: nn.Module, folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
     """An adapter of a folder, and its tensors by the names that `add_adapter` gives them.
 
@@ -152,19 +193,10 @@ def read_factors(model: nn.Module, folder: str | Path) -> tuple[Adapter, dict[st
         model: whose layers it must fit; it is not changed.
 
     Raises:
-        ValueError: naming file and tensor: one that is missing, unknown or of another shape.
+        ValueError: as `check_factors`.
     """
-    adapter, path = read_adapter(folder), Path(folder) / WEIGHTS
-    entries, wanted = read_header(path), dict[str, tuple[int, ...]]()
-    for name, layer in layers_of(model, adapter).items():
-        rank = rank_and_alpha(adapter, name)[0]
-        wanted[f"{PREFIX}{name}.lora_A.weight"] = rank, layer.in_features
-        wanted[f"{PREFIX}{name}.lora_B.weight"] = layer.out_features, rank
-    head = getattr(model, "score", None)
-    if head is not None and PREFIX + HEAD in entries:
-        wanted[PREFIX + HEAD] = tuple(head.weight.shape)
-    check_entries(entries, wanted, path)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    adapter = check_factors(folder, model)
+    tensors = {name.removeprefix(PREFIX): x for name, x in load_file(Path(folder) / WEIGHTS).items()}
     return adapter, {n if n == HEAD else n.removesuffix(".weight"): x for n, x in tensors.items()}
 
 

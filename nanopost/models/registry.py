@@ -27,8 +27,7 @@ from typing import Any
 
 from nanopost.models.adapters import route
 from nanopost.models.config import distinct, read_json
-from nanopost.models.header import read_header
-from nanopost.models.peft import CONFIG, WEIGHTS, read_adapter
+from nanopost.models.peft import CONFIG, WEIGHTS, check_factors
 from nanopost.models.weights import content_id
 
 FILES = (CONFIG, WEIGHTS)
@@ -44,11 +43,10 @@ def register(store: str | Path, folder: str | Path) -> str:
     """Copy an adapter into the store, in one move; its name. What is there already stays as it is.
 
     Raises:
-        ValueError: what `read_adapter` and `read_header` refuse; a stored adapter of this name that has
+        ValueError: what `check_factors` refuses; a stored adapter of this name that has
             changed.
     """
-    read_adapter(folder)
-    read_header(Path(folder) / WEIGHTS)
+    check_factors(folder)
     name, store = adapter_name(folder), Path(store)
     if (store / name).exists():
         stored(store, name)
@@ -171,6 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(register(given.store, given.folder))
             return 0
         records, refused = replay(given.store, given.table, given.requests)
+        if given.audit:
+            write_audit(given.audit, records)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -178,8 +178,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(record))
     for line in refused:
         print(line, file=sys.stderr)
-    if given.audit:
-        write_audit(given.audit, records)
     print(f"{len(records)} routed, {len(refused)} refused", file=sys.stderr)
     return 1 if refused else 0
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,8 +35,9 @@ def content_id(paths: Iterable[Path]) -> str:
 
 
 def weights_id(folder: str | Path) -> str:
-    """The name of a hub folder's weights by their content: the first 32 digits of `content_id`."""
-    return content_id(shard_files(Path(folder)))[:32]
+    """The name of a hub folder's model by its content, weights and the numbers of its config: 32 digits."""
+    numbers = json.dumps(asdict(load_config(folder)), sort_keys=True)
+    return hashlib.sha256((content_id(shard_files(Path(folder))) + numbers).encode()).hexdigest()[:32]
 
 
 def load_model(
@@ -149,6 +152,18 @@ def save_model(
     write_tensors(tensors, folder, max_shard_bytes=max_shard_bytes)
 
 
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one file, which whoever may read its folder's other files may read too.
+
+    The library makes it the owner's alone (0600): a server under another name could not open it.
+    """
+    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    os.umask(mask := os.umask(0))  # there is no way to ask for it without setting it
+    path.chmod(0o666 & ~mask)
+
+
 def write_tensors(tensors: dict[str, Tensor], folder: Path, *, max_shard_bytes: int = 4 << 30) -> None:
     """Write `model.safetensors`, or above `max_shard_bytes` several files and their index."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -158,11 +173,11 @@ def write_tensors(tensors: dict[str, Tensor], folder: Path, *, max_shard_bytes: 
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        write_safetensors(shards[0], folder / "model.safetensors")
         return
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        write_safetensors(shard, folder / name)
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
         "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},

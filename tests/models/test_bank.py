@@ -148,6 +148,8 @@ def test_threads_that_share_a_bank_do_not_share_seats(folders):
 
 def test_names_are_never_given_to_another(folders):
     model = bank_of(folders)
+    with pytest.raises(ValueError, match="open_bank was called before"):
+        open_bank(model)
     with pytest.raises(ValueError, match="the bank has an adapter all already"):
         add_to_bank(model, "all", folders["attention"])
     with pytest.raises(ValueError, match=r"name must consist of letters, digits, _ and -, got 'a\.b'"):

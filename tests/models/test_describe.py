@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,7 @@ from nanopost.data.chat import copy_chat, load_chat
 from nanopost.models.describe import check_finite, describe, main
 from nanopost.models.heads import load_score_model, save_score_model
 from nanopost.models.rope import RopeScaling
-from nanopost.models.trainable import LoRA, adapt, save_scores
+from nanopost.models.trainable import LoRA, adapt, save_policy, save_scores
 from nanopost.models.weights import load_model, random_model, save_model, write_config
 from tests.tiny import hub_folder, tiny_model
 
@@ -76,6 +77,73 @@ def test_what_is_wrong_is_one_line(tmp_path):
         SystemExit, match=r"mlp.down_proj.weight has shape \(20, 28\), config.json says \(20, 29\)"
     ):
         main(["check", str(tmp_path)])
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """A base, and a folder with a model that an adapter was merged into, the adapter beside it."""
+    base = hub_folder(tmp_path / "base")
+    policy = adapt(load_model(base), LoRA(lora_rank=2, lora_alpha=4.0), seed=0, base=base)
+    for name, parameter in policy.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    copy_chat(base, tmp_path / "out")
+    options = {"base": base, "stop_ids": load_chat(base).stop_ids}
+    save_policy(policy, policy.state_dict(), tmp_path / "out", **options)
+    return tmp_path / "out"
+
+
+def test_an_adapter_beside_the_model_is_told_and_held_to_it(merged, capsys):
+    main(["check", str(merged)])
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("adapter")]
+    assert len(told) == 1 and told[0].startswith("adapter     rank 2, α 4, down_proj, gate_proj, ")
+    assert told[0].endswith(f"; beside {merged.parent / 'base'}")
+    main(["check", str(merged), "--logits"])
+    assert "adapter     beside its base: " in capsys.readouterr().out
+    path = merged / "adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    first, *_ = sorted(tensors)
+    save_file({**tensors, first: tensors[first] + 1}, path)
+    main(["check", str(merged)])  # its numbers are not looked at
+    with pytest.raises(SystemExit, match=r"adapter: beside its base \S+ away from the merged model"):
+        main(["check", str(merged), "--logits"])
+    save_file({**tensors, first: tensors[first][:1].contiguous()}, path)
+    with pytest.raises(SystemExit, match=rf"adapter_model\.safetensors: {first} has shape \(1, "):
+        main(["check", str(merged)])
+    del tensors[first]
+    save_file(tensors, path)
+    with pytest.raises(SystemExit, match=rf"adapter_model\.safetensors: missing tensor {first}"):
+        main(["check", str(merged)])
+
+
+GARBAGE = [b"", b"\xff\xfe", b"[]", b"{}", b"null", b"7", b'{"a": 1}', b'{"a": {"b": []}}', None]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=repr)
+def test_a_folder_with_any_file_spoilt_is_one_line(merged, garbage):
+    """A check ends in a word of its own, whatever the file holds."""
+    refused = set()
+    for path in sorted(path for path in merged.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if garbage is None else garbage)
+        try:
+            main(["check", str(merged), "--values", "--logits"])
+        except SystemExit as told:
+            assert isinstance(told.code, str) and "\n" not in told.code.strip(), (path.name, told.code)
+            refused.add(path.name)
+        path.write_bytes(whole)
+    assert refused >= {"config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_whoever_reads_the_folder_reads_its_weights(merged):
+    """safetensors makes its files the owner's alone: a server under another name could not read them."""
+    modes = {path.stat().st_mode for path in merged.rglob("*") if path.is_file()}
+    assert len(modes) == 1 and modes.pop() & 0o077 == 0o077 & 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def test_a_padded_vocabulary_and_a_score_model_are_told(tmp_path, capsys):

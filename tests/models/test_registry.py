@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from nanopost.models.lora_model import Adapter
 from nanopost.models.registry import adapter_name, audited, main, read_table, register, stored
@@ -46,6 +48,18 @@ def test_what_is_stored_does_not_change(folders, tmp_path):
             again()
     with pytest.raises(ValueError, match="no adapter 00"):
         stored(store, "00")
+    path = folders["new"] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = sorted(tensors)[0]
+    for broken, message in (
+        ({k: v for k, v in tensors.items() if k != first}, f"missing tensor {first}"),
+        (tensors | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, "unknown tensor .*lm_head"),
+        (tensors | {first: tensors[first].repeat(2, 1)}, f"{first} has shape"),
+        ({"base_model.model.score.weight": torch.zeros(1, 2)}, "no tensor is a factor of"),
+    ):
+        save_file(broken, path)
+        with pytest.raises(ValueError, match=rf"adapter_model.safetensors: {message}"):
+            register(store, folders["new"])
     write(folders["new"] / "adapter_config.json", {"peft_type": "IA3"})
     with pytest.raises(ValueError, match="peft_type is 'IA3'"):
         register(store, folders["new"])
@@ -114,6 +128,10 @@ def test_replay_prints_the_audit_and_an_older_table_is_the_way_back(folders, tmp
     assert (
         len(printed.out.splitlines()) == 3 and "requests.jsonl:4: no adapter for tenant 'cafe'" in printed.err
     )
+    nowhere = str(tmp_path / "nowhere/audit")
+    assert main(["replay", str(store), str(table), str(requests), "--audit", nowhere]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and "nowhere/audit" in printed.err  # what is not recorded is not told
     requests.write_text("[]\n")
     assert main(["replay", str(store), str(table), str(requests)]) == 2
     assert "requests.jsonl:1: a request must be an object" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What a script writes is read again before it counts, and an adapter belongs beside its own base."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_a_score_model_is_read_again_as_well(tmp_path, monkeypatch, flags):
     monkeypatch.setattr(trainable, "save_score_model", rots)
     with pytest.raises(ValueError, match=r"out: read again, its scores are .* away"):
         save_scores(model, model.state_dict(), tmp_path / "out", **options)
+
+
+def test_another_number_in_the_config_is_another_model(tmp_path):
+    """The same weights with another θ: an adapter trained beside one is none of the other's."""
+    base(tmp_path)
+    before, raw = weights_id(tmp_path), json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"transformers_version": "5.0"}))
+    assert weights_id(tmp_path) == before  # it says nothing of the model
+    theta = {"rope_theta": 700.0, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}
+    (tmp_path / "config.json").write_text(json.dumps(raw | theta))
+    assert weights_id(tmp_path) != before
 
 
 def test_an_adapter_belongs_beside_its_base_and_its_format(tmp_path):

@@ -243,6 +243,6 @@ MUTANTS = [
         file="train_grpo.py",
         before="total / scored for",
         after="total / len(held_out) for",
-        killer="tests/scripts/test_unverified.py::test_answers_without_a_verdict_are_left_out_and_counted[grpo]",
+        killer="tests/scripts/test_unverified.py::test_an_evaluation_is_of_what_was_verified[grpo]",
     ),
 ]

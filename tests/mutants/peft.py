@@ -347,7 +347,7 @@ MUTANTS = [
         source="our own",
         story="Tenants are answered by adapters that were trained beside other weights.",
         file="nanopost/evals/tenants.py",
-        before="        check_origin(stored(store, name), base, nf4=False)\n",
+        before="        check_origin(folder, base, nf4=bool(quantised([folder])))\n",
         after="",
         killer="tests/evals/test_tenants.py::"
         "test_adapters_of_another_base_are_refused_before_anything_is_recorded",

@@ -20,7 +20,7 @@ MUTANTS = [
         source="our own",
         story="A verifier that pays for an empty answer passes, since it pays for the right one too.",
         file=DATA,
-        before="        if empty.score > 0:",
+        before="        if (found[0].score or 0.0) > 0:",
         after="        if empty.score > 1:",
         killer=f"{TEST}::test_verifiers_that_judge_wrongly",
     ),

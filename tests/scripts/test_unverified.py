@@ -60,11 +60,10 @@ def run(start: small_runs.Start, name: str, out: Path, failing: dict, *more: str
 def test_answers_without_a_verdict_are_left_out_and_counted(start, tmp_path, name, more):
     """In the second step: one of the first group, and all of the second, perhaps an update of its own."""
     kinds = {"2": "hangs", "5": "raises", "6": "raises", "7": "raises", "8": "raises"}
-    printed = run(start, name, tmp_path / "run", {1: kinds, 2: {"17": "raises"}}, *more)
+    printed = run(start, name, tmp_path / "run", {1: kinds}, *more)
     assert "5 of 16 answers have no verdict, and so no reward (first: no verdict after 0.05 s)" in printed
     records = metrics.read_records(tmp_path / "run")
-    assert [record["unverified"] for record in records] == [0, 5, 0] and records[-1]["eval_unverified"] == 1
-    assert records[-1]["eval_length"] == 2.0  # each has two tokens, so has their mean
+    assert [record["unverified"] for record in records] == [0, 5, 0] and records[-1]["eval_unverified"] == 0
     assert all(record["grad_norm"] is not None for record in records)
     rows = metrics.read_rollouts(tmp_path / "run", 1)
     missing, kept = ([row for row in rows if (row["score"] is None) is none] for none in (True, False))
@@ -85,6 +84,14 @@ def test_answers_without_a_verdict_are_left_out_and_counted(start, tmp_path, nam
             mean = sum(row["score"] for row in known) / max(1, len(known))
             for row in known:
                 assert row["advantage"] == pytest.approx(row["score"] - mean, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_an_evaluation_is_of_what_was_verified(start, tmp_path, name):
+    """Each greedy answer has two tokens; so has their mean, over those that have a verdict."""
+    run(start, name, tmp_path / "run", {2: {"17": "raises", "20": "hangs"}})
+    record = metrics.read_records(tmp_path / "run")[-1]
+    assert (record["unverified"], record["eval_unverified"], record["eval_length"]) == (0, 2, 2.0)
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])

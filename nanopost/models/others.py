@@ -1,0 +1,134 @@
+"""Whether transformers and peft, where they are installed, read the same model in a folder: its certificate.
+
+What is compared are logits of 32 tokens, of a score model its scores of them, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanopost.models.config import read_json
+from nanopost.models.header import read_headers
+from nanopost.models.heads import HEAD, load_either
+from nanopost.models.peft import load_adapter, origin, read_adapter
+from nanopost.models.weights import load_config, words
+
+ROUNDING = 1e-3  # of the largest number: as far as float32 and another order of sums may part
+ASKED = 2**31  # numbers of a model that others are asked to read at the end of a run: 8 GiB once more
+
+
+def known_ids(folder: str | Path) -> Tensor:
+    """Some tokens, (1, 32)."""
+    return torch.arange(3, 35)[None] % words(folder, load_config(folder))
+
+
+def score_count(folder: str | Path) -> int:
+    """How many scores a folder's model has; 0: it is a language model."""
+    head = read_headers(folder).get(HEAD)
+    return head.shape[0] if head else 0
+
+
+@torch.no_grad()
+def said(folder: str | Path) -> Tensor:
+    """What a folder's model says of them as we read it: logits, or scores, without the rows of padding."""
+    scores = score_count(folder)
+    count = scores or words(folder, load_config(folder))
+    return load_either(folder, scores)(known_ids(folder))[..., :count]
+
+
+def read_by_others(folder: Path, *, name: str = "it") -> Iterator[str]:
+    """What transformers says to a folder, and peft to an adapter in it beside its base: a line each.
+
+    Args:
+        folder: of a model; with a folder `adapter` in it if one was merged.
+        name: what the lines call it.
+    """
+    if find_spec("transformers") is None:
+        yield "transformers is not installed"
+        return
+    ours, scores = said(folder), score_count(folder)
+    told = heard(ours, known_ids(folder), partial(transformers_model, folder, scores), name, scores=scores)
+    yield f"transformers {version('transformers')} {told}"
+
+
+@torch.no_grad()
+def read_beside(adapter: Path) -> Iterator[str]:
+    """How far what base and adapter say is from the merged model in the folder above, ours and peft's.
+
+    Raises:
+        ValueError: ours is further away than rounding.
+    """
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base or not Path(base).is_dir():
+        yield f"its base {base} is not here"
+        return
+    merged, ids, scores = said(adapter.parent), known_ids(adapter.parent), score_count(adapter.parent)
+    four_bits = read_adapter(adapter).targets if origin(adapter).get("nf4") == "True" else ()
+    beside = load_adapter(load_either(base, scores, four_bits=four_bits), adapter)(ids)
+    away, most = float((beside[..., : merged.shape[-1]] - merged).abs().max()), float(merged.abs().max())
+    if not away <= ROUNDING * most:
+        raise ValueError(f"{adapter}: beside its base {away:.2g} away from the merged model, of {most:.2g}")
+    yield f"beside its base: {away:.2g} away from the merged model"
+    if four_bits:
+        yield "its base is in four bits, which peft makes otherwise: not compared"
+    elif find_spec("transformers") is None or find_spec("peft") is None:
+        yield "transformers and peft are not both installed"
+    else:
+        peft = import_module("peft").PeftModel.from_pretrained
+        told = heard(
+            merged, ids, lambda: peft(transformers_model(base, scores), adapter), "it", scores=scores
+        )
+        yield f"peft {version('peft')} {told}"
+
+
+def certificate_of_run(folder: Path) -> Iterator[str]:
+    """What others say to the model that a run has written, where they are installed; a large one is left to
+    `python -m nanopost.models.weights check DIR --logits`.
+    """
+    if find_spec("transformers") is None:
+        return
+    size = sum(math.prod(entry.shape) for entry in read_headers(folder).values())
+    if size > ASKED:
+        command = f"python -m nanopost.models.weights check {folder} --logits"
+        yield f"not asked, it is large: {command} does"
+        return
+    yield from read_by_others(folder)
+    if (adapter := folder / "adapter").is_dir():
+        yield from (line for line in read_beside(adapter) if line.startswith("peft "))
+
+
+def transformers_model(folder: str | Path, scores: int) -> Any:
+    """The folder as transformers reads it; with scores as a score model, a head that is not there made up."""
+    library = import_module("transformers")
+    library.utils.logging.disable_progress_bar()
+    if not scores:
+        return library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    auto = library.AutoModelForSequenceClassification
+    model = auto.from_pretrained(folder, dtype=torch.float32, num_labels=scores)
+    model.config.pad_token_id = None  # no id is padding here: it reads the last token
+    return model
+
+
+@torch.no_grad()
+def heard(ours: Tensor, ids: Tensor, load: Callable[[], Any], name: str, *, scores: int) -> str:
+    """How far their model is from what ours says (a score model at the last token), or why there is none."""
+    wanted = ours[:, -1] if scores else ours
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say of each other is theirs to mend
+            away = float((load()(ids).logits[..., : wanted.shape[-1]] - wanted).abs().max())
+    except Exception as error:  # another project may refuse in any way
+        return f"refuses {name}: {' '.join(str(error).split())[:200]}"
+    verb = "reads" if away <= ROUNDING * float(wanted.abs().max()) else "reads ANOTHER MODEL in"
+    return f"{verb} {name}: {away:.2g} away, of {wanted.abs().max():.2g}"
