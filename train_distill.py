@@ -194,7 +194,7 @@ def main(cfg: Config) -> None:
         start = torch.randn(widths, generator=torch.Generator().manual_seed(cfg.seed)) / widths[0] ** 0.5
         policy.model.projection = torch.nn.Parameter(start)  # trained and saved along, not exported
         policy.lm_head.register_forward_pre_hook(match)
-        teacher.lm_head.register_forward_pre_hook(lambda _, states: hidden.update(teacher=states[0]))
+        teacher.lm_head.register_forward_pre_hook(lambda _, x: hidden.update(teacher=x[0], values=None))
     policy, teacher = distributed.shard(policy), teacher and distributed.shard(teacher)
     optimizer = optim.adamw(policy, lr=cfg.lr, weight_decay=cfg.weight_decay)
     first = checkpoint.load_state(run, policy, optimizer) if cfg.resume else 0

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -31,9 +31,9 @@ from nanopost.data.chat import decode, load_chat, prompt_ids, prompt_messages
 from nanopost.data.collate import collate, spread
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Record, read_jsonl
+from nanopost.evals import rollouts
 from nanopost.evals.preflight import Sampling, check_run
-from nanopost.evals.rollouts import completion_logps, rollout_record, trace, trained_on, update_sums
-from nanopost.evals.verifier import check_verdicts, judge, rewarded, rewards_of
+from nanopost.evals.verifier import check_verdicts, judge_all, rewarded, rewards_of
 from nanopost.losses import aggregate, informative_groups, local_denom, overlong_penalty
 from nanopost.losses.variants import Variant, choose, policy_values, token_advantages
 from nanopost.micro_batches import sum_parts
@@ -122,7 +122,7 @@ def main(cfg: Config) -> None:
         return ids, record
 
     train = [task_of(record) for record in read_jsonl(cfg.data)]
-    _ = [trace(chat, record, ids, longest=longest) for ids, record in train if traces]  # or says why not
+    _ = [rollouts.trace(chat, record, ids, longest=longest) for ids, record in train if traces]  # or why not
     held_out = [task_of(record) for record in read_jsonl(cfg.eval_data)] if cfg.eval_data else []
     names = verify("", train[0][1].answer).parts  # of a verdict
     fit = plan.offer(cfg, max(len(ids) for ids, _ in train + held_out), held_out=len(held_out))
@@ -148,20 +148,16 @@ def main(cfg: Config) -> None:
     def rollout(step: int, tasks: list[Task], places: list[int], size: int, scope: dict) -> list[tuple]:
         """`size` (record, rollout, text, verdict) a task; `places` number the tasks of a step, over ranks."""
         size -= (given := traces and size > 1)  # the last answer of a group is the record's own
-        uniforms = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
-        options = {"stop_ids": chat.stop_ids, "max_new_tokens": count, "uniforms": uniforms, **scope}
-        options |= {"slots": cfg.slots}
-        with distributed.gathered(policy), metrics.progress(range(len(uniforms)), desc="rollout") as bar:
+        draws = row_uniforms(seed=cfg.seed, step=step, prompts=places, group_size=size, count=count)
+        options = dict(scope, stop_ids=chat.stop_ids, max_new_tokens=count, uniforms=draws, slots=cfg.slots)
+        with distributed.gathered(policy), metrics.progress(range(len(draws)), desc="rollout") as bar:
             drawn = sample(policy, [ids for ids, _ in tasks], group_size=size, finished=bar.update, **options)
-        start, judged, done = time.perf_counter(), [], iter(drawn)
-        for _, record in metrics.progress(tasks, desc="verify"):
-            answers = list(islice(done, size))
-            answers += [trace(chat, record, answers[0].prompt_ids, longest=longest)] if given else []
-            for r in answers:
-                text = decode(chat, r.completion_ids)
-                judged.append((record, r, text, judge(verify, text, record.answer)))
+        start, texts = time.perf_counter(), [decode(chat, r.completion_ids) for r in drawn]
+        records = [record for _, record in tasks for _ in range(size)]
+        verdicts = judge_all(verify, texts, [record.answer for record in records])
+        judged = list(zip(records, drawn, texts, verdicts, strict=True))
+        judged = rollouts.with_traces(judged, size, chat, verify, longest=longest) if given else judged
         clock["verify_s"] += time.perf_counter() - start
-        check_verdicts([verdict for *_, verdict in judged], recent)
         return judged
 
     def draw(step: int, places: list[int]) -> dict[int, list[tuple]]:
@@ -171,10 +167,11 @@ def main(cfg: Config) -> None:
         return {place: rows[n * size : (n + 1) * size] for n, place in enumerate(places)}
 
     # ---- 7 Evaluation --------------------------------------------------------------------------------------
-    def evaluate(step: int) -> dict[str, float]:
+    def evaluate(step: int) -> dict[str, float | None]:
         """Greedy score, length and verdict parts on the held-out prompts."""
         places = distributed.shard_rows(range(len(held_out)))
         judged = rollout(step, [held_out[place] for place in places], places, 1, {"temperature": 0.0})
+        check_verdicts([verdict for *_, verdict in judged], recent, some=False)
         judged = [(r, verdict) for _, r, _, verdict in judged if verdict.score is not None]
         scored = distributed.all_sum(len(judged))
         totals = distributed.all_sum(
@@ -184,7 +181,7 @@ def main(cfg: Config) -> None:
                 **{f"eval_{name}": sum(verdict.parts[name] for _, verdict in judged) for name in names},
             }
         )
-        means = {name: total / scored for name, total in totals.items()}
+        means = {name: total / scored if scored else None for name, total in totals.items()}
         return means | {"eval_unverified": len(held_out) - scored}
 
     def learn(rows: list[tuple], denom: float, variant: Variant) -> dict[str, float]:
@@ -199,7 +196,7 @@ def main(cfg: Config) -> None:
         loss = aggregate(values, mask, mode=variant.aggregation, denom=denom)
         loss.backward()
         mask = mask & mine[:, None]  # the traces are only in the loss
-        return update_sums(variant, loss, logps, old, ref, pull, mask)
+        return rollouts.update_sums(variant, loss, logps, old, ref, pull, mask)
 
     # ---- 8 The loop ----------------------------------------------------------------------------------------
     distributed.main_print(f"{len(train)} prompts, {cfg.steps} steps{what_trains(policy)}")
@@ -220,11 +217,13 @@ def main(cfg: Config) -> None:
             if attempt < cfg.resample and distributed.all_sum(len(waiting)):
                 groups |= draw(step + (attempt + 1) * cfg.steps, waiting)
         samples = [row for rows in groups.values() for row in rows]
-        rewards = rewards_of([verdict for *_, verdict in samples])
+        verdicts = [verdict for *_, verdict in samples]
+        check_verdicts(verdicts, recent)
+        rewards = rewards_of(verdicts)
         clock["rollout_s"] = time.perf_counter() - start - clock["verify_s"]
 
-        old_logps, completions = zip(*(trained_on(r, verdict) for _, r, _, verdict in samples), strict=True)
-        ref_logps = completion_logps(reference, completions, micro_batch=cfg.micro_batch, **scope)
+        old_logps, completions = zip(*(rollouts.trained_on(r, v) for _, r, _, v in samples), strict=True)
+        ref_logps = rollouts.completion_logps(reference, completions, micro_batch=cfg.micro_batch, **scope)
         padded = [pad_sequence(logps, batch_first=True) for logps in (old_logps, ref_logps)]
         length = torch.tensor([len(logps) for logps in old_logps])
         if cfg.overlong_cache:
@@ -253,7 +252,7 @@ def main(cfg: Config) -> None:
         totals = distributed.all_sum(
             {
                 "rows": len(ours),
-                "unverified": len(samples) - len(ours),
+                "unverified": sum(verdict.score is None for verdict in verdicts),
                 "waiting": len(waiting),
                 "reward": sum(verdict.score for _, verdict in ours),
                 "stopped": sum(r.finish_reason == "stop" for r, _ in ours),
@@ -283,8 +282,8 @@ def main(cfg: Config) -> None:
         line = {name: value for name, value in line.items() if name.removeprefix("eval_") not in rest}
         distributed.main_print(metrics.format_line(step, cfg.steps, line))
         if last or (cfg.rollouts_every and step % cfg.rollouts_every == 0):
-            means = [float(row.mean()) if len(row) else None for row in advantages]
-            told = [rollout_record(chat, *row, mean) for row, mean in zip(samples, means, strict=True)]
+            pairs = zip(samples, advantages, strict=True)
+            told = [rollouts.rollout_record(chat, *row, weights) for row, weights in pairs]
             metrics.write_rollouts(run, step, told)
         faults.save_if_due(run, step + 1, cfg.steps, trained, optimizer, every=cfg.save_every)
 

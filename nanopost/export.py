@@ -30,9 +30,8 @@ def write_policy(
         with atomic.atomic_folder(run / "model") as folder:
             copy_chat(base, folder)
             told = save_policy(model, weights, folder, base=base, stop_ids=stop_ids)
-        distributed.main_print(f"model: {run / 'model'}{told}")
+        distributed.main_print(f"model: {run / 'model'}{told}\nreport: {offer_report(run)}")
         tell_others(run / "model")
-        distributed.main_print(f"report: {offer_report(run)}")
 
 
 def write_scores(
@@ -64,6 +63,13 @@ def write_scores(
 
 
 def tell_others(folder: Path) -> None:
-    """Behind our own certificate those of transformers and peft, where they are installed."""
-    for line in certificate_of_run(folder):
-        distributed.main_print(f"  {line}")
+    """Behind our own certificate those of transformers and peft, where they are installed.
+
+    The model is written: what goes wrong here is told, and ends nothing.
+    """
+    try:
+        lines = certificate_of_run(folder, ranks=distributed.world_size())
+    except (OSError, RuntimeError, ValueError) as error:
+        lines = [f"not compared with transformers: {error}"]
+    for line in lines:
+        distributed.main_print(f"  {folder.name}: {line}")

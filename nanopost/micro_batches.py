@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from nanopost import distributed, metrics
 
@@ -44,8 +45,9 @@ def in_parts(
     Returns:
         What the calls return, in their order.
     Raises:
-        MemoryError: there is no half of one row; or on several ranks, of which the others already wait in
-            the pass that this one cannot end. It says what to start again with.
+        MemoryError: there is no half of one row; or the model is sharded: other ranks already wait in the
+            pass that this one cannot end, and what FSDP keeps of it cannot be undone (on one process with
+            `--offload` too). It says what to start again with.
     """
     size = max(1, min(micro_batch, len(rows), _fits.get(model, micro_batch)))
     while True:
@@ -58,8 +60,9 @@ def in_parts(
             told = f"rank {distributed.rank()} is out of memory with {size} rows a pass (--micro-batch)"
             if size == 1:
                 raise MemoryError(f"{told}: --recompute, --lora-rank and shorter rows take less") from error
-            if distributed.world_size() > 1:
-                fix = f"start all ranks again with --micro-batch {size // 2}"
+            sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+            if sharded or distributed.world_size() > 1:
+                fix = f"start again with --micro-batch {size // 2}"
                 raise MemoryError(f"{told}: {fix}, and --resume where a state is saved") from error
         size //= 2  # the error is gone here, and with it what its frames held
         _fits[model] = size
@@ -88,6 +91,7 @@ def sum_parts(
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """On CUDA an error of its own, on the CPU the allocator's words in a RuntimeError."""
+    """On CUDA an error of its own; else, in a RuntimeError, the words of who found no memory."""
+    words = "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC"
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, kinds) or any(said in str(error) for said in words)

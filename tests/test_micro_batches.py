@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from nanopost import distributed
 from nanopost.micro_batches import in_parts, sum_parts
@@ -111,6 +113,25 @@ def test_several_ranks_are_told_what_to_start_again_with():
     """The others already wait in a pass that this one cannot end."""
     fine, lost = run_function(__name__, "on_one_of_two", ranks=2)
     assert not fine and lost == (
-        "rank 1 is out of memory with 4 rows a pass (--micro-batch): start all ranks again with "
+        "rank 1 is out of memory with 4 rows a pass (--micro-batch): start again with "
         "--micro-batch 2, and --resume where a state is saved"
     )
+
+
+def beside_fsdp() -> str:
+    """One process whose model is sharded all the same, as `--offload` does."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    narrow, told = Narrow(1), ""
+    fully_shard(narrow.model)
+    try:
+        in_parts(narrow.model, [1, 2, 3, 4], narrow.learn, 4, narrow.model)
+    except MemoryError as error:
+        told = str(error)
+    dist.destroy_process_group()
+    return told
+
+
+def test_a_sharded_model_is_not_tried_again():
+    """What FSDP keeps of a pass that broke off is out of reach: the gradient behind it would be another."""
+    (told,) = run_function(__name__, "beside_fsdp", ranks=1)
+    assert "out of memory with 4 rows a pass (--micro-batch): start again with --micro-batch 2" in told

@@ -178,14 +178,16 @@ def model_checks(
         whole = distributed.join_rows(mine)
     if loss is None:
         raise ValueError("loss must be given where no variant has one, got None")
-    one, many = (models.gradient(model, loss, mine, whole, size=size) for size in (len(mine), 1))
+    size = min(len(mine), cfg.micro_batch)
+    one = models.gradient(model, loss, mine, whole, size=size)
+    alone = models.gradient(model, loss, mine, whole, size=1) if size > 1 else None
     if line:
         with torch.no_grad():
             said |= models.preference_numbers(line(mine, whole), starts, cfg.sft_weight)
     elif not variant:
         said["loss"] = distributed.all_sum(one.loss), math.nan if trained_head else starts
     guess = math.log(model.words) if nll else None
-    found += [models.micro_batches(one, many, rows=len(whole)), models.card(said, guess=guess)]
+    found += [models.micro_batches(one, alone, rows=len(whole)), models.card(said, guess=guess)]
     return found, said.get("loss", (0.0, math.nan))[1]
 
 

@@ -5,7 +5,6 @@ On several ranks all of them call a function together, and it says the same on e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +18,12 @@ from nanopost.data.collate import collate, spread
 from nanopost.evals.preflight_data import Check, stop_tokens, supervised
 from nanopost.evals.preflight_model import Loss
 from nanopost.evals.rollouts import completion_logps
+from nanopost.evals.verifier import rewards_of
 from nanopost.losses import aggregate, kl_estimate, policy_ratio
 from nanopost.losses.advantages import informative_groups
 from nanopost.losses.variants import Variant, policy_values
 from nanopost.models.llama import Llama
+from nanopost.rewards.verdict import Unverified, Verdict
 from nanopost.rollout.types import Rollout
 
 Row = tuple[Any, Rollout, str, Any]  # record, answer, text and verdict; None where there is none
@@ -68,10 +69,10 @@ def answer_checks(
         ref = completion_logps(same, samples, **options) if same else None
         found, said = [*found, agreement(old, new)], start_numbers(old, new, ref)
     if sampling.variant:
-        scores = [verdict.score for *_, verdict in answers]
-        found.append(rewards(len(answers), scores))
-        if found[-1].outcome == "pass":
-            found.append(groups(scores, own_size(cfg, sampling.variant), rollouts))
+        verdicts, size = [verdict for *_, verdict in answers], own_size(cfg, sampling.variant)
+        found.append(rewards(verdicts))
+        if found[-1].outcome != "fail":
+            found.append(groups(rewards_of(verdicts, group_size=size), size, rollouts))
     return found, said
 
 
@@ -102,19 +103,22 @@ def start_numbers(
     return said if ref is None else said | {"kl_ref": (kl / tokens, 0.0)}
 
 
-def rewards(answers: int, scores: Sequence[float | None]) -> Check:
-    """One finite reward for each answer."""
-    bad = [score for score in scores if score is None or not math.isfinite(score)]
-    missed, wrong, asked = distributed.all_sum([answers - len(scores), len(bad), answers])
-    told = f"{asked:.0f} answers, {asked - missed:.0f} rewards, {wrong:.0f} of them not finite"
-    if missed or wrong:
-        return Check("rewards", "fail", told, "a verifier must score every answer, also one it cannot read")
+def rewards(verdicts: Sequence[Verdict | Unverified]) -> Check:
+    """A reward for each answer: a verifier that raises or hangs gives none, and the run goes on without."""
+    reasons = [verdict.reason for verdict in verdicts if verdict.score is None]
+    missing, asked = distributed.all_sum([len(reasons), len(verdicts)])
+    first = next(iter(distributed.join_rows(reasons[:1])), "")
+    told = f"{asked:.0f} answers, {asked - missing:.0f} rewards" + (f", not one: {first}" if first else "")
+    if missing == asked:
+        return Check("rewards", "fail", told, "mend the verifier: it has no verdict on any answer")
+    if missing:
+        return Check("rewards", "warn", told, "such answers are left out; more than 5 % of them end the run")
     return Check("rewards", "pass", told)
 
 
-def groups(scores: Sequence[float], size: int, rollouts: Sequence[Rollout]) -> Check:
+def groups(scores: Tensor, size: int, rollouts: Sequence[Rollout]) -> Check:
     """Some group has unequal rewards, some answer ends before it is cut."""
-    flat = ~informative_groups(torch.tensor(scores, dtype=torch.float64), group_size=size)[::size]
+    flat = ~informative_groups(scores, group_size=size)[::size]
     cut = sum(rollout.finish_reason == "length" for rollout in rollouts)
     equal, count, cuts, answers = distributed.all_sum([int(flat.sum()), len(flat), cut, len(rollouts)])
     told = (

@@ -10,6 +10,7 @@ from torch import Tensor
 from nanopost.data.chat import Chat, decode, record_samples
 from nanopost.data.collate import collate, pad_ids
 from nanopost.data.schema import Record, Sample
+from nanopost.evals.verifier import Verifier, judge
 from nanopost.losses import kl_estimate, policy_ratio
 from nanopost.losses.variants import Variant, clip_holds
 from nanopost.micro_batches import in_parts
@@ -142,6 +143,29 @@ def trace(chat: Chat, record: Record, prompt: Sequence[int], *, longest: int) ->
     return Rollout(sample.ids[: sample.mask.index(True)], ids, old_logps, entropies, "stop")
 
 
+def with_traces(
+    judged: Sequence[tuple[Record, Rollout, str, Verdict | Unverified]],
+    size: int,
+    chat: Chat,
+    verify: Verifier,
+    *,
+    longest: int,
+) -> list[tuple[Record, Rollout, str, Verdict | Unverified]]:
+    """Behind each group of `size` answers the record's own, as `trace` makes it.
+
+    Where no answer of a group has a verdict its trace has none either: there is nothing to compare it with.
+    """
+    rows = list[tuple[Record, Rollout, str, Verdict | Unverified]]()
+    for start in range(0, len(judged), size):
+        group = judged[start : start + size]
+        record, first, *_ = group[0]
+        own = trace(chat, record, first.prompt_ids, longest=longest)
+        text, alone = decode(chat, own.completion_ids), Unverified("no other answer of its group has one")
+        known = any(other.score is not None for *_, other in group)
+        rows += [*group, (record, own, text, judge(verify, text, record.answer) if known else alone)]
+    return rows
+
+
 def trained_on(rollout: Rollout, verdict: Verdict | Unverified) -> tuple[Tensor, Sample]:
     """A rollout's old log-probs and its sample; without a verdict no token of it is trained on."""
     if verdict.score is not None:
@@ -156,9 +180,9 @@ def rollout_record(
     rollout: Rollout,
     text: str,
     verdict: Verdict | Unverified,
-    advantage: float | None,
+    advantages: Tensor,
 ) -> dict[str, Any]:
-    """A completion as a run folder keeps it: text, tokens, log-probs, verdict and mean advantage."""
+    """A completion as a run folder keeps it: text, tokens, log-probs, verdict and mean advantage, or None."""
     return {
         "line": record.line,
         "prompt": decode(chat, rollout.prompt_ids),
@@ -169,5 +193,5 @@ def rollout_record(
         "score": verdict.score,
         "parts": dict(verdict.parts),
         "reason": verdict.reason,
-        "advantage": advantage,
+        "advantage": float(advantages.mean()) if len(advantages) else None,
     }

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanopost import distributed
+from nanopost import distributed, metrics
 from nanopost.rewards.verdict import Unverified, Verdict
 
 Verifier = Callable[[str, Any], Verdict]  # completion, the record's answer
 SECONDS = 10.0  # a call that takes longer hangs
+LATE = "no verdict after"
 SHARE, LEAST = 0.05, 100  # how many may fail, of the last ones; and of how many at least
 SHORT = {  # by the names that --verifier of the scripts has
     "gsm8k": "nanopost.rewards.math:gsm8k",
@@ -86,33 +88,64 @@ def rewarded(verify: Verifier | None, *, reward_model: Path | None = None) -> Ve
 def judge(verify: Verifier, completion: str, answer: Any) -> Verdict | Unverified:
     """A verdict, or why there is none: the verifier raised, or hung. That is no reward, also none of 0.
 
-    Python code is interrupted after `SECONDS`, by SIGALRM in the main thread; a call that hangs in C is not.
+    Python code is interrupted after `SECONDS`, by SIGALRM; a call that hangs in C is not. A timer of the
+    caller's own begins anew behind it.
+
+    Raises:
+        ValueError: this is not the main thread, which alone gets the signal.
     """
-    told, rung = f"no verdict after {SECONDS:g} s", list[int]()
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError("judge: a verifier's time is limited by SIGALRM, which only the main thread gets")
+    told, rung = f"{LATE} {SECONDS:g} s", list[int]()
 
     def ring(number: int, _: Any) -> None:
         rung.append(number)
         raise TimeoutError(told)
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before, timer = signal.signal(signal.SIGALRM, ring), (0.0, 0.0)
     try:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)
+        timer = signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)
         verdict = verify(completion, answer)
-        return Unverified(told) if rung else verdict  # which caught the exception, and made something of it
+        if rung:  # it caught the exception, and made something of it
+            return Unverified(told)
+        return verdict if isinstance(verdict, Verdict) else Unverified(f"it returned {verdict!r}, no Verdict")
     except Exception as error:
         return Unverified(told if rung else f"{type(error).__name__}: {error}")
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, before)
 
 
-def check_verdicts(verdicts: Sequence[Verdict | Unverified], recent: list[tuple[float, float]]) -> None:
+def judge_all(
+    verify: Verifier, completions: Sequence[str], answers: Sequence[Any]
+) -> list[Verdict | Unverified]:
+    """What `judge` says to each completion, in their order.
+
+    A verifier that has hung more often than may be is not asked again: ten seconds an answer, and the other
+    ranks would take this one for dead.
+    """
+    found, hung = list[Verdict | Unverified](), 0
+    most = SHARE * max(LEAST, len(completions) * distributed.world_size())
+    for completion, answer in metrics.progress(list(zip(completions, answers, strict=True)), desc="verify"):
+        asked = hung <= most
+        verdict = (
+            judge(verify, completion, answer) if asked else Unverified(f"not asked: it hung {hung} times")
+        )
+        hung += asked and verdict.score is None and verdict.reason.startswith(LATE)
+        found.append(verdict)
+    return found
+
+
+def check_verdicts(
+    verdicts: Sequence[Verdict | Unverified], recent: list[tuple[float, float]], *, some: bool = True
+) -> None:
     """Tell how many have none, and end the run where these are too many. Every rank calls.
 
     Args:
         verdicts: this rank's new ones.
         recent: how many earlier calls were given and how many of them failed; it is kept here.
+        some: at least one of these must be there, on any rank: else there is nothing to learn from.
     Raises:
         RuntimeError: of the last calls, as many as hold `LEAST` verdicts, more than 5 % have failed; or all
             of this one.
@@ -126,9 +159,12 @@ def check_verdicts(verdicts: Sequence[Verdict | Unverified], recent: list[tuple[
     all_asked, all_failed = (sum(column) for column in zip(*recent, strict=True))
     if failed:
         told = f"{failed:.0f} of {asked:.0f} answers have no verdict, and so no reward (first: {first})"
-        if all_failed > SHARE * max(LEAST, all_asked) or failed == asked:
+        mend = "mend the verifier and go on with --resume"
+        if all_failed > SHARE * max(LEAST, all_asked):
             over = f"{all_failed:.0f} of the last {all_asked:.0f}, more than {SHARE:.0%} must not"
-            raise RuntimeError(f"{told}; {over}: mend the verifier and go on with --resume")
+            raise RuntimeError(f"{told}; {over}: {mend}")
+        if some and failed == asked:
+            raise RuntimeError(f"{told}: nothing can be learnt from; {mend}")
         distributed.main_print(told)
 
 

@@ -25,7 +25,7 @@ from nanopost.models.peft import load_adapter, origin, read_adapter
 from nanopost.models.weights import load_config, words
 
 ROUNDING = 1e-3  # of the largest number: as far as float32 and another order of sums may part
-ASKED = 2**31  # numbers of a model that others are asked to read at the end of a run: 8 GiB once more
+ASKED = 2**30  # numbers of a model that others are asked to read at the end of a run: 4 GiB once more
 
 
 def known_ids(folder: str | Path) -> Tensor:
@@ -92,20 +92,23 @@ def read_beside(adapter: Path) -> Iterator[str]:
         yield f"peft {version('peft')} {told}"
 
 
-def certificate_of_run(folder: Path) -> Iterator[str]:
-    """What others say to the model that a run has written, where they are installed; a large one is left to
-    `python -m nanopost.models.weights check DIR --logits`.
+def certificate_of_run(folder: Path, *, ranks: int) -> list[str]:
+    """What others say to the model that a run has written, where they are installed, on one process.
+
+    A large model, and one of several ranks, whose others would wait, is left to the command that it names.
+    Products are in float32 here, whatever those of the run were in.
     """
     if find_spec("transformers") is None:
-        return
+        return []
     size = sum(math.prod(entry.shape) for entry in read_headers(folder).values())
-    if size > ASKED:
+    if size > ASKED or ranks > 1:
         command = f"python -m nanopost.models.weights check {folder} --logits"
-        yield f"not asked, it is large: {command} does"
-        return
-    yield from read_by_others(folder)
-    if (adapter := folder / "adapter").is_dir():
-        yield from (line for line in read_beside(adapter) if line.startswith("peft "))
+        return [f"transformers is not asked at the end of a large run: {command} does"]
+    with torch.autocast("cpu", enabled=False):
+        lines = list(read_by_others(folder))
+        if (adapter := folder / "adapter").is_dir():
+            lines += [line for line in read_beside(adapter) if line.startswith("peft ")]
+    return lines
 
 
 def transformers_model(folder: str | Path, scores: int) -> Any:

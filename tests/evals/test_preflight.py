@@ -24,7 +24,7 @@ from nanopost.models.trainable import LoRA
 from nanopost.models.weights import load_model
 from nanopost.plan import Fit
 from nanopost.rewards.math import gsm8k
-from nanopost.rewards.verdict import Verdict
+from nanopost.rewards.verdict import Unverified, Verdict
 from nanopost.rollout.sampler import row_uniforms, sample
 from tests.chat_fixtures import make_chat
 from tests.tiny import hub_folder, write_chats
@@ -170,11 +170,12 @@ def test_verifiers_that_judge_wrongly(monkeypatch):
     assert "slow" in data.verifier(gsm8k, records).fix
 
 
-def test_an_answer_without_a_finite_reward():
-    assert sampling.rewards(3, [0.0, 1.0, -2.0]).outcome == "pass"
-    fails(sampling.rewards(3, [0.0, 1.0]), "rewards", "3 answers, 2 rewards")
-    fails(sampling.rewards(2, [0.0, None]), "rewards", "1 of them not finite")
-    fails(sampling.rewards(2, [0.0, math.nan]), "rewards", "1 of them not finite")
+def test_answers_without_a_reward():
+    good, gone = Verdict(1.0, {}, ""), Unverified("too deep")
+    assert sampling.rewards([good, good]).outcome == "pass"
+    some = sampling.rewards([good, gone, good])
+    assert (some.outcome, some.told) == ("warn", "3 answers, 2 rewards, not one: too deep")
+    fails(sampling.rewards([gone, gone]), "rewards", "2 answers, 0 rewards, not one: too deep")
 
 
 @pytest.fixture
@@ -201,10 +202,10 @@ def test_a_trainer_that_forgets_the_temperature(model, rollouts):
 
 def test_groups_that_teach_nothing_and_answers_that_never_end(rollouts):
     ended = [dataclasses.replace(r, finish_reason="stop") for r in rollouts]
-    assert sampling.groups([0.0, 1.0, 0.0, 0.0], 2, ended).outcome == "pass"
-    equal = sampling.groups([0.0, 0.0, 1.0, 1.0], 2, ended)
+    assert sampling.groups(torch.tensor([0.0, 1.0, 0.0, 0.0]), 2, ended).outcome == "pass"
+    equal = sampling.groups(torch.tensor([0.0, 0.0, 1.0, 1.0]), 2, ended)
     assert equal.outcome == "warn" and "2 of 2 groups have equal rewards" in equal.told
-    cut = sampling.groups([0.0, 1.0, 0.0, 0.0], 2, rollouts)
+    cut = sampling.groups(torch.tensor([0.0, 1.0, 0.0, 0.0]), 2, rollouts)
     assert cut.outcome == "warn" and "4 of 4 answers are cut" in cut.told and "stop token" in cut.fix
 
 
@@ -232,6 +233,7 @@ def test_a_gradient_that_depends_on_micro_batches(hub, model, wrong):
         fails(check, "micro-batch", "gradient")
     assert wrong or check.outcome == "pass"
     assert one.loss > 1 and one.grads[0].abs().max() > 0
+    assert models.micro_batches(one, None, rows=3).outcome == "n/a"
     still = models.Gradient(1.0, [torch.zeros(3)], 1)
     assert models.micro_batches(still, still, rows=3).outcome == "warn"
 

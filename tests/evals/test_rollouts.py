@@ -9,10 +9,18 @@ import torch
 from nanopost.data.chat import decode, prompt_ids, prompt_messages
 from nanopost.data.collate import collate
 from nanopost.data.schema import Sample, parse_record
-from nanopost.evals.rollouts import completion_logps, completion_scores, rollout_record, trace, trained_on
+from nanopost.evals.rollouts import (
+    completion_logps,
+    completion_scores,
+    rollout_record,
+    trace,
+    trained_on,
+    with_traces,
+)
 from nanopost.evals.stages import sequence_kl
 from nanopost.models.heads import ScoreModel
 from nanopost.models.llama import Llama
+from nanopost.rewards.math import gsm8k
 from nanopost.rewards.verdict import Unverified, Verdict
 from nanopost.rollout.types import Rollout
 from tests.chat_fixtures import make_chat
@@ -102,6 +110,19 @@ def test_a_trace_is_the_records_answer_up_to_its_stop(tmp_path: Path) -> None:
         trace(chat, parse_record({"messages": messages[:1]}, file="x.jsonl", line=4), prompt, longest=200)
 
 
+def test_a_trace_stands_behind_its_group_and_goes_with_it(tmp_path: Path) -> None:
+    chat = make_chat(tmp_path)
+    messages = [{"role": "user", "content": "add one"}, {"role": "assistant", "content": "it is 2"}]
+    record = parse_record({"messages": messages, "answer": "2"}, file="x.jsonl", line=3)
+    prompt = tuple(prompt_ids(chat, prompt_messages(record)))
+    answer = Rollout(prompt, (3, 4), torch.zeros(2), torch.zeros(2), "stop")
+    good, gone = (record, answer, "2", Verdict(1.0, {}, "")), (record, answer, "2", Unverified("gone"))
+    rows = with_traces([good, gone, gone, gone], 2, chat, gsm8k, longest=200)
+    assert rows[:2] == [good, gone] and rows[3:5] == [gone, gone] and len(rows) == 6
+    assert rows[2][1].sample == trace(chat, record, prompt, longest=200).sample and "it is 2" in rows[2][2]
+    assert rows[2][3].score == 1.0 and rows[5][3].score is None
+
+
 def test_without_a_verdict_no_token_is_trained_on(model: Llama) -> None:
     rollout = Rollout((1, 2), (3, 4, 5), torch.tensor([-0.5, -0.25, -1.0]), torch.zeros(3), "stop")
     old, sample = trained_on(rollout, Verdict(0.0, {}, "wrong"))
@@ -117,12 +138,14 @@ def test_a_written_record_holds_what_happened(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "two"}]
     record = parse_record({"messages": messages}, file="x.jsonl", line=3)
     answer = trace(chat, record, prompt_ids(chat, prompt_messages(record)), longest=200)
-    written = rollout_record(chat, record, answer, "two", Verdict(0.5, {"right": 1.0}, "ok"), -0.25)
+    told = chat, record, answer, "two"
+    written = rollout_record(*told, Verdict(0.5, {"right": 1.0}, "ok"), torch.tensor([-0.5, 0.0]))
+    assert rollout_record(*told, Unverified("gone"), torch.zeros(0))["advantage"] is None
     assert "".join(written["tokens"]).startswith("two") and len(written["tokens"]) == len(
         written["old_logps"]
     )
-    told = {key: written[key] for key in ("line", "completion", "finish", "score", "parts", "reason")}
-    assert told == {
+    found = {key: written[key] for key in ("line", "completion", "finish", "score", "parts", "reason")}
+    assert found == {
         "line": 3,
         "completion": "two",
         "finish": "stop",

@@ -3,6 +3,7 @@
 import math
 import runpy
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nanopost.evals.verifier import (
     check_verdicts,
     is_right,
     judge,
+    judge_all,
     load_verifier,
     rewarded,
     rewards_of,
@@ -119,6 +121,41 @@ def test_what_raises_or_hangs_has_no_verdict_and_never_a_zero(monkeypatch):
         judge(interrupted, "", "")
 
 
+def test_a_verifier_that_hangs_is_not_asked_for_ever(monkeypatch):
+    """Six of what is less than a hundred: the run ends anyway, and no rank waits for the rest."""
+    monkeypatch.setattr(verifier, "SECONDS", 0.01)
+    asked = []
+
+    def verify(completion: str, answer: str) -> Verdict:
+        asked.append(completion)
+        while completion != "a":
+            pass
+        return Verdict(1.0, {}, "")
+
+    found = judge_all(verify, ["a", *"bcdefgh", "a"], [""] * 9)
+    assert [verdict.score for verdict in found] == [1.0, *[None] * 8] and asked == [*"abcdefg"]
+    assert found[6].reason == "no verdict after 0.01 s" and found[7].reason == "not asked: it hung 6 times"
+
+
+def test_what_is_no_verdict_is_none():
+    found = judge(lambda completion, answer: 1.0, "", "")
+    assert found == Unverified("it returned 1.0, no Verdict")
+
+
+def test_a_timer_of_ones_own_goes_on_behind_a_verdict():
+    signal.setitimer(signal.ITIMER_REAL, 50.0)
+    try:
+        judge(only([1.0]), "", "")
+        assert 40.0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 50.0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+def test_another_thread_gets_no_signal_and_is_told():
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="which only the main thread gets"):
+        pool.submit(judge, only([1.0]), "", "").result()
+
+
 def interrupted(completion: str, answer: str) -> Verdict:
     raise KeyboardInterrupt
 
@@ -152,8 +189,9 @@ def test_old_answers_do_not_hide_a_verifier_that_broke():
 
 
 def test_a_batch_without_any_verdict_teaches_nothing():
-    with pytest.raises(RuntimeError, match="2 of 2 answers have no verdict"):
+    with pytest.raises(RuntimeError, match=r"2 of 2 answers have no verdict.*: nothing can be learnt from"):
         check_verdicts(verdicts(0, 2), [])
+    check_verdicts(verdicts(0, 2), [], some=False)  # an evaluation of two rows is no more than that
 
 
 def test_rewards_are_scores_and_a_missing_one_differs_from_none():

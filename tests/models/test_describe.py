@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanopost.data.chat import copy_chat, load_chat
+from nanopost.models import others
 from nanopost.models.describe import check_finite, describe, main
 from nanopost.models.heads import load_score_model, save_score_model
 from nanopost.models.rope import RopeScaling
@@ -228,3 +229,14 @@ def test_transformers_and_peft_are_asked_for_scores_too(tmp_path, capsys):
     assert [line.split()[0] for line in lines] == ["scores", "adapter", "adapter", "scores", "scores"]
     assert float(lines[3].split()[-1]) > 0.01  # the largest score
     assert "peft" in lines[2] and "reads it" in lines[3] and "reads what was written" in lines[4]
+
+
+def test_a_large_run_and_several_ranks_are_not_held_up(merged, monkeypatch):
+    """The other ranks wait for rank 0 at the end: it names the command instead."""
+    monkeypatch.setattr(others, "find_spec", lambda name: True)
+    for changes in ({"ranks": 2}, {"ranks": 1, "most": 9}):
+        monkeypatch.setattr(others, "ASKED", changes.get("most", 2**30))
+        (line,) = others.certificate_of_run(merged, ranks=changes["ranks"])
+        assert line.endswith(f": python -m nanopost.models.weights check {merged} --logits does")
+    monkeypatch.setattr(others, "find_spec", lambda name: None)
+    assert others.certificate_of_run(merged, ranks=1) == []

@@ -37,7 +37,8 @@ def patched(mutant: Mutant) -> str:
 def write_mutant(mutant: Mutant, folder: Path) -> None:
     """A copy of the project with the bug in it: scripts and further processes run the bug too.
 
-    Files are links to ours where the disk is the same, which is twice as quick; the one with the bug is not.
+    Files are links to ours where the disk is the same, which is five times as quick; the one with the bug is
+    not. So what runs there may replace a file of the project, and must not write into one.
     """
     shutil.copytree(ROOT, folder, ignore=LEFT_OUT, copy_function=_link)
     (folder / mutant.file).unlink()

@@ -77,8 +77,8 @@ MUTANTS = [
         source="open-instruct#1484",
         story="Prompts and true answers are put into order separately.",
         file=SCRIPT,
-        before='metrics.progress(tasks, desc="verify")',
-        after='metrics.progress(tasks[::-1], desc="verify")',
+        before="for _, record in tasks for _ in range(size)",
+        after="for _, record in tasks[::-1] for _ in range(size)",
         killer=HAND,
     ),
     Mutant(

@@ -128,23 +128,22 @@ def test_ranks_take_the_steps_of_one_process(runs: Runs, name: str, dtype: str, 
 NARROW = """
 import torch
 from nanopost import optim
-backward, set_lr = torch.Tensor.backward, optim.set_lr
-def narrow(self, *args, **more):
-    backward(self, *args, **more)
-    if due and due.pop():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+set_lr = optim.set_lr
 def arm(optimizer, lr):
     set_lr(optimizer, lr)
-    due.append(len(due) == 0)
-due = []
-torch.Tensor.backward, optim.set_lr = narrow, arm
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    def fail(_):
+        handle.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    handle = trained[len(trained) // 2].register_post_accumulate_grad_hook(fail)
+optim.set_lr = arm
 """
 
 
 def test_memory_that_runs_out_changes_no_step(
     runs: Runs, flags: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    """In the first pass of every step, behind a gradient that is there then and must not count."""
+    """In the middle of every step's first way back: a part of its gradient is there, and must not count."""
     commands = [[f"train_{name}.py", *own, "--out", str(tmp_path / name)] for name, own in flags.items()]
     printed = run_script(["-c", NARROW + IN_A_ROW, json.dumps(["float64", commands])], ranks=1, limit=240)
     for name in flags:

@@ -7,6 +7,7 @@ import pytest
 
 from nanopost import metrics
 from tests import small_runs
+from tests.digits import write_lines
 from tests.ranks import run_script
 
 STEPS = 3
@@ -44,7 +45,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> small_runs.Start:
 def run(start: small_runs.Start, name: str, out: Path, failing: dict, *more: str, ranks: int = 1) -> str:
     """A run whose verifier fails by the number of the step and of the call in it, on the last rank."""
     flags = ["--group-size", "4", "--steps", str(STEPS), "--rollouts-every", "1", *more]
-    command = small_runs.command(start, name, out, *flags, "--eval-data", str(start["prompts"]))
+    command = small_runs.command(start, name, out, "--eval-data", str(start["prompts"]), *flags)
     return run_script(["-c", FAILING, json.dumps(failing), *command], ranks=ranks, limit=60)
 
 
@@ -92,6 +93,35 @@ def test_an_evaluation_is_of_what_was_verified(start, tmp_path, name):
     run(start, name, tmp_path / "run", {2: {"17": "raises", "20": "hangs"}})
     record = metrics.read_records(tmp_path / "run")[-1]
     assert (record["unverified"], record["eval_unverified"], record["eval_length"]) == (0, 2, 2.0)
+
+
+def test_an_evaluation_without_any_verdict_is_a_mean_of_nothing(start, tmp_path):
+    first = write_lines(tmp_path / "one.jsonl", [json.loads(start["prompts"].read_text().splitlines()[0])])
+    run(start, "grpo", tmp_path / "run", {2: {"17": "raises"}}, "--eval-data", str(first))
+    record = metrics.read_records(tmp_path / "run")[-1]
+    assert record["eval_unverified"] == 1 and record["eval_reward"] is None is record["eval_length"]
+
+
+def test_traces_are_compared_and_not_counted(start, tmp_path):
+    """LUFFY: of two a group the last is the record's; without a verdict on the first it has none either."""
+    rows = [json.loads(line) for line in start["prompts"].read_text().splitlines()]
+    for row in rows:
+        row["messages"].append({"role": "assistant", "content": "7"})
+    flags = [
+        "--data",
+        str(write_lines(tmp_path / "traces.jsonl", rows)),
+        "--loss",
+        "luffy",
+        "--group-size",
+        "2",
+    ]
+    printed = run(start, "grpo", tmp_path / "run", {1: {"1": "raises"}}, *flags)
+    assert "2 of 8 answers have no verdict, and so no reward (first: RecursionError: too deep)" in printed
+    assert [record["unverified"] for record in metrics.read_records(tmp_path / "run")] == [0, 2, 0]
+    scores = [row["score"] for row in metrics.read_rollouts(tmp_path / "run", 1)]
+    assert scores[:2] == [None, None] and None not in scores[2:]
+    with pytest.raises(AssertionError, match="8 of 8 answers have no verdict"):
+        run(start, "grpo", tmp_path / "broken", {1: {"all": "raises"}}, *flags)
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
