@@ -140,8 +140,8 @@ def main(cfg: Config) -> None:
         return cfg.lr * optim.schedule(step, steps=cfg.steps, warmup=warmup, kind=kind, final=cfg.final_lr)
 
     # ---- 6 Rollout -----------------------------------------------------------------------------------------
+    recent: list[tuple[float, float]] = []  # answers, and those without a verdict, of the last steps
     scope, count = {"temperature": cfg.temperature}, cfg.max_new_tokens
-    recent: list[tuple[float, float]] = []  # verdicts asked for and not given
 
     def rollout(step: int, tasks: list[Task], places: list[int], size: int, scope: dict) -> list[tuple]:
         """`size` (record, rollout, text, verdict) a task; `places` number the tasks of a step, over ranks."""

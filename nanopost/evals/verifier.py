@@ -72,7 +72,7 @@ def rewarded(verify: Verifier | None, *, reward_model: Path | None = None) -> Ve
     if verify is None and reward_model is None:
         raise ValueError("verifier or reward_model must be given: nothing else tells a good answer")
 
-    def judge(completion: str, answer: Any) -> Verdict:
+    def reward(completion: str, answer: Any) -> Verdict:
         if verify is None:
             return Verdict(0.0, {}, "no verifier: the score is the reward model's")
         if answer is None:
@@ -82,7 +82,7 @@ def rewarded(verify: Verifier | None, *, reward_model: Path | None = None) -> Ve
             return verdict
         return replace(verdict, parts={"verified": verdict.score, **verdict.parts})
 
-    return judge
+    return reward
 
 
 def judge(verify: Verifier, completion: str, answer: Any) -> Verdict | Unverified:
@@ -128,12 +128,11 @@ def judge_all(
     found, hung = list[Verdict | Unverified](), 0
     most = SHARE * max(LEAST, len(completions) * distributed.world_size())
     for completion, answer in metrics.progress(list(zip(completions, answers, strict=True)), desc="verify"):
-        asked = hung <= most
-        verdict = (
-            judge(verify, completion, answer) if asked else Unverified(f"not asked: it hung {hung} times")
-        )
-        hung += asked and verdict.score is None and verdict.reason.startswith(LATE)
-        found.append(verdict)
+        if hung > most:
+            found.append(Unverified(f"not asked: it hung {hung} times"))
+            continue
+        found.append(judge(verify, completion, answer))
+        hung += found[-1].score is None and found[-1].reason.startswith(LATE)
     return found
 
 

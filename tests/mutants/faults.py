@@ -259,8 +259,8 @@ MUTANTS = [
         source="our own",
         story="Ten seconds an answer, hundreds of answers: the others take the rank for dead.",
         file=VERIFIER,
-        before="        asked = hung <= most\n",
-        after="        asked = True\n",
+        before="        if hung > most:\n",
+        after="        if False:\n",
         killer=f"{VERDICTS}::test_a_verifier_that_hangs_is_not_asked_for_ever",
     ),
     Mutant(
