@@ -21,7 +21,7 @@ from nanopost.models.config import FAMILIES, LlamaConfig, load_config, read_json
 from nanopost.models.header import check_entries, read_headers, shard_files
 from nanopost.models.heads import HEAD, ScoreModel, load_either, save_score_model
 from nanopost.models.llama import Llama
-from nanopost.models.others import known_ids, read_beside, read_by_others, score_count
+from nanopost.models.others import ANOTHER, known_ids, read_beside, read_by_others, score_count
 from nanopost.models.peft import check_factors, origin
 from nanopost.models.weights import TIED, save_model, words
 
@@ -196,7 +196,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"values      {check_finite(given.folder):,} numbers, all finite")
         if given.logits:
             with TemporaryDirectory() as work:
-                for line in certificate(given.folder, Path(work)):
+                for line in (lines := list(certificate(given.folder, Path(work)))):
                     print(line)
+                if wrong := [line for line in lines if ANOTHER in line]:
+                    raise ValueError(f"{given.folder}: {' '.join(wrong[0].split())}")
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None

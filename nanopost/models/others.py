@@ -25,6 +25,10 @@ from nanopost.models.peft import load_adapter, origin, read_adapter
 from nanopost.models.weights import load_config, words
 
 ROUNDING = 1e-3  # of the largest number: as far as float32 and another order of sums may part
+HALF = (
+    0.05  # and as far as a merged model may be from base and adapter that was rounded to bfloat16 or float16
+)
+ANOTHER = "reads another model in"
 ASKED = 2**30  # numbers of a model that others are asked to read at the end of a run: 4 GiB once more
 
 
@@ -77,7 +81,8 @@ def read_beside(adapter: Path) -> Iterator[str]:
     four_bits = read_adapter(adapter).targets if origin(adapter).get("nf4") == "True" else ()
     beside = load_adapter(load_either(base, scores, four_bits=four_bits), adapter)(ids)
     away, most = float((beside[..., : merged.shape[-1]] - merged).abs().max()), float(merged.abs().max())
-    if not away <= ROUNDING * most:
+    half = any(entry.dtype.itemsize == 2 for entry in read_headers(adapter.parent).values())
+    if not away <= (HALF if half else ROUNDING) * most:
         raise ValueError(f"{adapter}: beside its base {away:.2g} away from the merged model, of {most:.2g}")
     yield f"beside its base: {away:.2g} away from the merged model"
     if four_bits:
@@ -87,7 +92,7 @@ def read_beside(adapter: Path) -> Iterator[str]:
     else:
         peft = import_module("peft").PeftModel.from_pretrained
         told = heard(
-            merged, ids, lambda: peft(transformers_model(base, scores), adapter), "it", scores=scores
+            beside, ids, lambda: peft(transformers_model(base, scores), adapter), "it", scores=scores
         )
         yield f"peft {version('peft')} {told}"
 
@@ -133,5 +138,5 @@ def heard(ours: Tensor, ids: Tensor, load: Callable[[], Any], name: str, *, scor
             away = float((load()(ids).logits[..., : wanted.shape[-1]] - wanted).abs().max())
     except Exception as error:  # another project may refuse in any way
         return f"refuses {name}: {' '.join(str(error).split())[:200]}"
-    verb = "reads" if away <= ROUNDING * float(wanted.abs().max()) else "reads ANOTHER MODEL in"
+    verb = "reads" if away <= ROUNDING * float(wanted.abs().max()) else ANOTHER
     return f"{verb} {name}: {away:.2g} away, of {wanted.abs().max():.2g}"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,3 +241,31 @@ def test_a_large_run_and_several_ranks_are_not_held_up(merged, monkeypatch):
         assert line.endswith(f": python -m nanopost.models.weights check {merged} --logits does")
     monkeypatch.setattr(others, "find_spec", lambda name: None)
     assert others.certificate_of_run(merged, ranks=1) == []
+
+
+def test_whoever_reads_another_model_is_told_so(merged, monkeypatch, capsys):
+    """A library that is there and whose logits are a tenth away, of seven; and one that refuses."""
+    ids, ours = others.known_ids(merged), others.said(merged)
+
+    def near(away: float):
+        return lambda: lambda _: SimpleNamespace(logits=ours + away)
+
+    most = float(ours.abs().max())
+    assert others.heard(ours, ids, near(1e-5 * most), "it", scores=0).startswith("reads it: ")
+    assert others.heard(ours, ids, near(0.01 * most), "it", scores=0).startswith(
+        "reads another model in it: "
+    )
+    assert others.heard(ours, ids, lambda: 1 / 0, "it", scores=0) == "refuses it: division by zero"
+    told = [f"transformers 0 {others.ANOTHER} it: 0.1 away, of 7"]
+    monkeypatch.setattr("nanopost.models.describe.read_by_others", lambda folder, **_: told)
+    with pytest.raises(SystemExit, match=r"out: logits transformers 0 reads another model in it: 0\.1 away"):
+        main(["check", str(merged), "--logits"])
+    assert "reads another model in it" in capsys.readouterr().out
+
+
+def test_a_model_that_was_rounded_may_be_as_far_from_its_adapter(merged, capsys):
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(merged / "model.safetensors").items()}
+    save_file(tensors, merged / "model.safetensors")
+    main(["check", str(merged), "--logits"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "beside its base" in line]
+    assert float(line.split(": ")[1].split()[0]) > 1e-3
