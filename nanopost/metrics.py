@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 T = TypeVar("T")
+DELAY = 0.5  # seconds before a bar is shown
 
 
 def truncate(run: Path | str, step: int) -> None:
@@ -133,11 +134,14 @@ def format_line(step: int, steps: int, values: Mapping[str, Any]) -> str:
 
 
 def progress(iterable: Iterable[T], *, desc: str, total: int | None = None) -> "tqdm[T]":
-    """A tqdm bar on stderr: iterate, or `.update(n)` and `.close()`; none off rank 0 or a terminal."""
+    """A tqdm bar on stderr: iterate, or `.update(n)` and `.close()`; none off rank 0 or a terminal.
+
+    It comes after `DELAY` seconds: what is quick does not flicker.
+    """
     from tqdm import tqdm
 
     silent = not (_is_main() and sys.stderr.isatty())
-    return tqdm(iterable, desc=desc, total=total, leave=False, disable=silent)
+    return tqdm(iterable, desc=desc, total=total, leave=False, disable=silent, delay=DELAY)
 
 
 def _number(value: Any) -> str:

@@ -99,6 +99,8 @@ def test_progress_speaks_to_terminals_only(
 ) -> None:
     screen = stream()
     monkeypatch.setattr(sys, "stderr", screen)
+    assert list(metrics.progress(range(3), desc="quick")) == [0, 1, 2] and not screen.getvalue()
+    monkeypatch.setattr(metrics, "DELAY", 0.0)
     assert list(metrics.progress(iter("abc"), desc="rollout", total=3)) == ["a", "b", "c"]
     assert ("rollout" in screen.getvalue()) == speaks
     bar = metrics.progress(range(3), desc="by hand")
