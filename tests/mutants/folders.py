@@ -130,7 +130,7 @@ MUTANTS = [
         source="our own",
         story="An adapter that says something else than the model beside it is told with exit status 0.",
         file="nanopost/models/others.py",
-        before="    if not away <= ROUNDING * most:",
+        before="    if not away <= (HALF if half else ROUNDING) * most:",
         after="    if not away <= 1e3 * most:",
         killer="tests/models/test_describe.py::test_an_adapter_beside_the_model_is_told_and_held_to_it",
     ),
