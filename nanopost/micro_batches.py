@@ -26,7 +26,7 @@ def in_parts(
     rows: Sequence[T],
     act: Callable[[Sequence[T]], R],
     micro_batch: int,
-    optimizer: torch.optim.Optimizer | nn.Module | None = None,
+    trained: torch.optim.Optimizer | nn.Module | None = None,
     *,
     desc: str = "train",
 ) -> list[R]:
@@ -40,7 +40,7 @@ def in_parts(
         rows: this rank's.
         act: called in their order; may go backward, and must leave nothing else behind.
         micro_batch: rows a call; the last may have fewer.
-        optimizer: over what has gradients, or the model that has, where `act` goes backward.
+        trained: whose gradients are dropped then, an optimiser's or a model's; None: `act` makes none.
         desc: of the progress bar.
     Returns:
         What the calls return, in their order.
@@ -66,8 +66,8 @@ def in_parts(
                 raise MemoryError(f"{told}: {fix}, and --resume where a state is saved") from error
         size //= 2  # the error is gone here, and with it what its frames held
         _fits[model] = size
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
+        if trained is not None:
+            trained.zero_grad(set_to_none=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -79,13 +79,13 @@ def sum_parts(
     rows: Sequence[T],
     act: Callable[[Sequence[T]], Mapping[str, float]],
     micro_batch: int,
-    optimizer: torch.optim.Optimizer | None = None,
+    trained: torch.optim.Optimizer | None = None,
     *,
     desc: str = "train",
 ) -> Counter[str]:
     """The numbers that `act` tells of micro-batches, added up by name; all else as `in_parts`."""
     sums: Counter[str] = Counter()
-    for part in in_parts(model, rows, act, micro_batch, optimizer, desc=desc):
+    for part in in_parts(model, rows, act, micro_batch, trained, desc=desc):
         sums.update(part)
     return sums
 

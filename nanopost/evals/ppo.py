@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from nanopost.data.chat import Chat, load_chat
 from nanopost.data.collate import collate
-from nanopost.data.schema import Record, Sample
+from nanopost.data.schema import Sample
 from nanopost.distributed import main_print
-from nanopost.evals.rollouts import completion_scores
+from nanopost.evals.rollouts import Judged, completion_scores
 from nanopost.micro_batches import in_parts
 from nanopost.models.header import read_headers
 from nanopost.models.heads import (
@@ -25,10 +25,7 @@ from nanopost.models.llama import Llama
 from nanopost.models.lora_model import add_adapter
 from nanopost.models.trainable import LoRA, adapt, chosen_adapter, load_policy, nf4_layers
 from nanopost.models.weights import load_config
-from nanopost.rewards.verdict import Unverified, Verdict
-from nanopost.rollout.types import Rollout
-
-Judged = tuple[Record, Rollout, str, Verdict | Unverified]  # a completion, its text, what was said of it
+from nanopost.rewards.verdict import Unverified
 
 
 def load_scorer(folder: str | Path, chat: Chat) -> ScoreModel:

@@ -18,7 +18,7 @@ from nanopost.data.collate import collate, spread
 from nanopost.evals.preflight_data import Check, stop_tokens, supervised
 from nanopost.evals.preflight_model import Loss
 from nanopost.evals.rollouts import completion_logps
-from nanopost.evals.verifier import rewards_of
+from nanopost.evals.verifier import failures, rewards_of
 from nanopost.losses import aggregate, kl_estimate, policy_ratio
 from nanopost.losses.advantages import informative_groups
 from nanopost.losses.variants import Variant, policy_values
@@ -105,9 +105,7 @@ def start_numbers(
 
 def rewards(verdicts: Sequence[Verdict | Unverified]) -> Check:
     """A reward for each answer: a verifier that raises or hangs gives none, and the run goes on without."""
-    reasons = [verdict.reason for verdict in verdicts if verdict.score is None]
-    missing, asked = distributed.all_sum([len(reasons), len(verdicts)])
-    first = next(iter(distributed.join_rows(reasons[:1])), "")
+    asked, missing, first = failures(verdicts)
     told = f"{asked:.0f} answers, {asked - missing:.0f} rewards" + (f", not one: {first}" if first else "")
     if missing == asked:
         return Check("rewards", "fail", told, "mend the verifier: it has no verdict on any answer")

@@ -19,6 +19,8 @@ from nanopost.models.llama import Llama
 from nanopost.rewards.verdict import Unverified, Verdict
 from nanopost.rollout.types import Rollout
 
+Judged = tuple[Record, Rollout, str, Verdict | Unverified]  # a completion, its text, what was said of it
+
 
 @torch.no_grad()
 def completion_logps(
@@ -144,18 +146,13 @@ def trace(chat: Chat, record: Record, prompt: Sequence[int], *, longest: int) ->
 
 
 def with_traces(
-    judged: Sequence[tuple[Record, Rollout, str, Verdict | Unverified]],
-    size: int,
-    chat: Chat,
-    verify: Verifier,
-    *,
-    longest: int,
-) -> list[tuple[Record, Rollout, str, Verdict | Unverified]]:
+    judged: Sequence[Judged], size: int, chat: Chat, verify: Verifier, *, longest: int
+) -> list[Judged]:
     """Behind each group of `size` answers the record's own, as `trace` makes it.
 
     Where no answer of a group has a verdict its trace has none either: there is nothing to compare it with.
     """
-    rows = list[tuple[Record, Rollout, str, Verdict | Unverified]]()
+    rows = list[Judged]()
     for start in range(0, len(judged), size):
         group = judged[start : start + size]
         record, first, *_ = group[0]

@@ -136,6 +136,13 @@ def judge_all(
     return found
 
 
+def failures(verdicts: Sequence[Verdict | Unverified]) -> tuple[float, float, str]:
+    """How many verdicts there are on all ranks, how many are none, and the first reason. Every rank calls."""
+    reasons = [verdict.reason for verdict in verdicts if verdict.score is None]
+    asked, failed = distributed.all_sum([len(verdicts), len(reasons)])
+    return asked, failed, next(iter(distributed.join_rows(reasons[:1])), "")
+
+
 def check_verdicts(
     verdicts: Sequence[Verdict | Unverified], recent: list[tuple[float, float]], *, some: bool = True
 ) -> None:
@@ -149,9 +156,7 @@ def check_verdicts(
         RuntimeError: of the last calls, as many as hold `LEAST` verdicts, more than 5 % have failed; or all
             of this one.
     """
-    reasons = [verdict.reason for verdict in verdicts if verdict.score is None]
-    asked, failed = distributed.all_sum([len(verdicts), len(reasons)])
-    first = next(iter(distributed.join_rows(reasons[:1])), "")
+    asked, failed, first = failures(verdicts)
     recent.append((asked, failed))
     while sum(count for count, _ in recent[1:]) >= LEAST:
         recent.pop(0)
@@ -175,9 +180,9 @@ def rewards_of(verdicts: Sequence[Verdict | Unverified], *, group_size: int = 0)
         group_size: G, of adjacent rows that are compared: a missing score is then that of the group's first
             row with one, which differs from none; 0 where the group has none. 0: no groups, NaN stays.
     """
-    scores = [math.nan if verdict.score is None else verdict.score for verdict in verdicts]
-    rewards = torch.tensor(scores, dtype=torch.float64)
-    for group in rewards.split(group_size) if group_size else ():
-        known = group[~group.isnan()]
-        group.nan_to_num_(float(known[0]) if len(known) else 0.0)
-    return rewards
+    scores = [verdict.score for verdict in verdicts]
+    for start in range(0, len(scores), group_size) if group_size else ():
+        group = scores[start : start + group_size]
+        first = next((score for score in group if score is not None), 0.0)
+        scores[start : start + group_size] = [first if score is None else score for score in group]
+    return torch.tensor([math.nan if x is None else x for x in scores], dtype=torch.float64)

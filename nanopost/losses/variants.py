@@ -166,8 +166,8 @@ def _compared(baseline: str, rewards: Tensor, mask: Tensor, group_size: int) -> 
     """A baseline's advantages, (N, T): each group among its rows with a token; who is alone there has 0."""
     here, advantages = mask.any(dim=1), wide(torch.zeros_like(rewards))
     counts = here.view(-1, group_size).sum(dim=1).repeat_interleave(group_size).where(here, 0)
-    for count in counts.unique().tolist():
-        if count > 1 or (count == 1 and group_size == 1) or (count == 1 and baseline == "none"):
+    for count in counts[here].unique().tolist():
+        if count > 1 or group_size == 1 or baseline == "none":
             rows = counts == count
             advantages[rows] = BASELINES[baseline](rewards[rows], count)
     return advantages[:, None].expand(mask.shape).masked_fill(~mask, 0.0)

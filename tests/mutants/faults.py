@@ -115,7 +115,7 @@ MUTANTS = [
         source="our own",
         story="The pass that ran out of memory has left a part of its gradient: its rows count twice.",
         file=PARTS,
-        before="        if optimizer is not None:\n            optimizer.zero_grad(set_to_none=True)\n",
+        before="        if trained is not None:\n            trained.zero_grad(set_to_none=True)\n",
         after="",
         killer=STEP,
     ),

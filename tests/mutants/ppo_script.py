@@ -68,8 +68,8 @@ MUTANTS = [
         source="OpenRLHF#1219",
         story="A wrong answer counts as one that was not scored: only right ones are learnt from.",
         file="nanopost/evals/verifier.py",
-        before="math.nan if verdict.score is None else verdict.score for",
-        after="verdict.score or math.nan for",
+        before="[math.nan if x is None else x for x in scores]",
+        after="[x or math.nan for x in scores]",
         killer="tests/evals/test_verifier.py::test_rewards_are_scores_and_a_missing_one_differs_from_none",
     ),
     Mutant(
