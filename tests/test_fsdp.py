@@ -127,7 +127,9 @@ def memory(name: str) -> int:
 def peak_of(act: Callable[[], Any]) -> tuple[int, Any]:
     """By how much resident memory rose above what it was, at the most; and what the call returned."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, and not used a second time unseen
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: a tensor that is freed is gone, not kept for the next one
+    libc.malloc_trim(0)  # what is free is given back, and not used a second time unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
     result = act()
@@ -157,7 +159,7 @@ def test_no_rank_has_the_whole_model_in_memory(tmp_path: Path) -> None:
     told = run_function(__name__, "peaks", ranks=2, args=(str(tmp_path),))
     for name in ("policy", "adapter", "critic", "random"):
         for rank in told:
-            assert whole / 3 < rank[name] < 0.8 * whole, (name, told)  # libraries take 10 MB more or less
+            assert whole / 3 < rank[name] < 0.7 * whole, (name, told)
     assert told[0]["save"] > 0.9 * whole > 0.5 * whole > told[1]["save"]
 
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from nanopost.models.config import FAMILIES, LlamaConfig, load_config, read_json
 from nanopost.models.header import check_entries, read_headers, shard_files
-from nanopost.models.heads import HEAD, ScoreModel, load_either, save_score_model
+from nanopost.models.heads import ScoreModel, load_either, save_score_model
 from nanopost.models.llama import Llama
 from nanopost.models.others import ANOTHER, known_ids, read_beside, read_by_others, score_count
 from nanopost.models.peft import check_factors, origin
@@ -33,8 +33,7 @@ def describe(folder: str | Path) -> Iterator[str]:
         ValueError: what `load_config`, `read_headers`, `check_entries` and `words` refuse.
     """
     folder = Path(folder)
-    c, entries = load_config(folder), read_headers(folder)
-    scores = entries[HEAD].shape[0] if HEAD in entries and entries[HEAD].shape else 0
+    c, entries, scores = load_config(folder), read_headers(folder), score_count(folder)
     with torch.device("meta"):
         model = ScoreModel(c, scores) if scores else Llama(c)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

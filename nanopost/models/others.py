@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -40,7 +40,7 @@ def known_ids(folder: str | Path) -> Tensor:
 def score_count(folder: str | Path) -> int:
     """How many scores a folder's model has; 0: it is a language model."""
     head = read_headers(folder).get(HEAD)
-    return head.shape[0] if head else 0
+    return head.shape[0] if head and head.shape else 0
 
 
 @torch.no_grad()
@@ -67,8 +67,23 @@ def read_by_others(folder: Path, *, name: str = "it") -> Iterator[str]:
 
 
 @torch.no_grad()
+def beside(
+    adapter: Path, base: str | Path, *, scores: int, four_bits: Collection[str], dtype: torch.dtype
+) -> Tensor:
+    """What a base says of the same tokens with an adapter beside it.
+
+    Args:
+        adapter: its folder; in the folder above is the model that it was merged into, whose tokens these are.
+        base: the folder of what it belongs to, which is cast to `dtype`, whole, in memory.
+        scores: how many it has; 0: a language model.
+        four_bits: the layers of it in NF4.
+    """
+    model = load_adapter(load_either(base, scores, dtype=dtype, four_bits=four_bits), adapter)
+    return model(known_ids(adapter.parent))
+
+
 def read_beside(adapter: Path) -> Iterator[str]:
-    """How far what base and adapter say is from the merged model in the folder above, ours and peft's.
+    """How far what base and adapter say is from the merged model in the folder above; and what peft says.
 
     Raises:
         ValueError: ours is further away than rounding.
@@ -77,10 +92,10 @@ def read_beside(adapter: Path) -> Iterator[str]:
     if not base or not Path(base).is_dir():
         yield f"its base {base} is not here"
         return
-    merged, ids, scores = said(adapter.parent), known_ids(adapter.parent), score_count(adapter.parent)
+    merged, scores = said(adapter.parent), score_count(adapter.parent)
     four_bits = read_adapter(adapter).targets if origin(adapter).get("nf4") == "True" else ()
-    beside = load_adapter(load_either(base, scores, four_bits=four_bits), adapter)(ids)
-    away, most = float((beside[..., : merged.shape[-1]] - merged).abs().max()), float(merged.abs().max())
+    ours = beside(adapter, base, scores=scores, four_bits=four_bits, dtype=torch.float32)
+    away, most = float((ours[..., : merged.shape[-1]] - merged).abs().max()), float(merged.abs().max())
     half = any(entry.dtype.itemsize == 2 for entry in read_headers(adapter.parent).values())
     if not away <= (HALF if half else ROUNDING) * most:
         raise ValueError(f"{adapter}: beside its base {away:.2g} away from the merged model, of {most:.2g}")
@@ -90,10 +105,8 @@ def read_beside(adapter: Path) -> Iterator[str]:
     elif find_spec("transformers") is None or find_spec("peft") is None:
         yield "transformers and peft are not both installed"
     else:
-        peft = import_module("peft").PeftModel.from_pretrained
-        told = heard(
-            beside, ids, lambda: peft(transformers_model(base, scores), adapter), "it", scores=scores
-        )
+        peft, ids = import_module("peft").PeftModel.from_pretrained, known_ids(adapter.parent)
+        told = heard(ours, ids, lambda: peft(transformers_model(base, scores), adapter), "it", scores=scores)
         yield f"peft {version('peft')} {told}"
 
 
@@ -112,7 +125,7 @@ def certificate_of_run(folder: Path, *, ranks: int) -> list[str]:
     with torch.autocast("cpu", enabled=False):
         lines = list(read_by_others(folder))
         if (adapter := folder / "adapter").is_dir():
-            lines += [line for line in read_beside(adapter) if line.startswith("peft ")]
+            lines += read_beside(adapter)
     return lines
 
 

@@ -20,6 +20,7 @@ from nanopost.models.heads import ActorCritic, ScoreModel, load_either, save_sco
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import TARGETS, Adapter, M, adapter_of, add_adapter, merged_state
 from nanopost.models.nf4 import NF4Linear
+from nanopost.models.others import HALF, beside, known_ids
 from nanopost.models.peft import WEIGHTS, check_origin, load_adapter, read_adapter, save_adapter
 from nanopost.models.weights import load_model, random_model, save_model, words
 
@@ -127,7 +128,7 @@ def save_policy(
     trained.words = words(folder, model.config)
     logits = read_again(trained, folder)
     del plain, trained  # before the base is read
-    return f" (read again: the same logits{read_beside(model, logits, folder, base=base)})"
+    return f" (read again: the same logits{held_beside(model, logits, folder, base=base)})"
 
 
 def save_scores(
@@ -152,7 +153,7 @@ def save_scores(
     scores = read_again(trained, folder, scores=len(labels))
     del plain, trained
     return (
-        f" (read again: the same scores{read_beside(model, scores, folder, base=base, scores=len(labels))})"
+        f" (read again: the same scores{held_beside(model, scores, folder, base=base, scores=len(labels))})"
     )
 
 
@@ -172,7 +173,7 @@ def read_again(trained: Llama | ScoreModel, folder: Path, *, scores: int = 0) ->
     Raises:
         ValueError: they are others.
     """
-    ids = torch.arange(3, 35)[None] % words(folder, trained.config)
+    ids = known_ids(folder)
     wanted = trained(ids)
     found = load_either(folder, scores, dtype=next(trained.parameters()).dtype)(ids)
     if not torch.equal(found, wanted):
@@ -181,8 +182,7 @@ def read_again(trained: Llama | ScoreModel, folder: Path, *, scores: int = 0) ->
     return found
 
 
-@torch.no_grad()
-def read_beside(model: nn.Module, said: Tensor, folder: Path, *, base: Path, scores: int = 0) -> str:
+def held_beside(model: nn.Module, said: Tensor, folder: Path, *, base: Path, scores: int = 0) -> str:
     """How far base and adapter are from what the merged model of the folder says; "" without an adapter.
 
     A base whose folder has another dtype is cast, whole, in memory.
@@ -196,10 +196,9 @@ def read_beside(model: nn.Module, said: Tensor, folder: Path, *, base: Path, sco
     quantised = any(isinstance(module, NF4Linear) for module in model.modules())
     four_bits = adapter.targets if quantised else ()
     dtype = next(model.parameters()).dtype
-    beside = load_adapter(load_either(base, scores, dtype=dtype, four_bits=four_bits), folder / "adapter")
-    ids = torch.arange(3, 35)[None] % words(folder, beside.config)
-    away = float((beside(ids) - said).abs().max())
-    if not away <= 0.05 * most:  # autocast's bfloat16 rounds by a hundredth
+    found = beside(folder / "adapter", base, scores=scores, four_bits=four_bits, dtype=dtype)
+    away = float((found - said).abs().max())
+    if not away <= HALF * most:
         raise ValueError(
             f"{folder}: base and adapter are {away:.2g} away from the merged model, of {most:.2g}"
         )

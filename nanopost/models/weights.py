@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -103,22 +103,22 @@ def random_model(folder: str | Path, *, seed: int, dtype: torch.dtype = torch.fl
         model = Llama(config).to(dtype)
     shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
 
-    def draw() -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        for name, shape in shapes:
-            tensor = torch.empty(shape, dtype=dtype)
-            if len(shape) == 1:
-                yield tensor.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = 0.02 if name == EMBEDDING else shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= math.sqrt(2 * config.num_hidden_layers)
-            yield tensor.normal_(0.0, std, generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(name: str, shape: torch.Size) -> Tensor:
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype)
+        std = 0.02 if name == EMBEDDING else shape[1] ** -0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * config.num_hidden_layers)
+        return torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=generator)
+
+    tensors = (drawn(*each) for each in shapes)  # in this order, and none is kept while the next is made
 
     if several_ranks():
-        draw_later(model, draw())
+        draw_later(model, tensors)
     else:
-        for parameter, tensor in zip(model.parameters(), draw(), strict=True):
+        for parameter, tensor in zip(model.parameters(), tensors, strict=True):
             parameter.copy_(tensor)
     model.words = words(folder, config)
     return model
