@@ -158,25 +158,25 @@ def main(cfg: Config) -> None:
 
     def write_texts(path: Path) -> None:
         """The teacher's answers to the data's prompts, each with its origin; then the teacher can go."""
-        model, speaker = distributed.shard(load_model(cfg.teacher)), load_chat(cfg.teacher)
-        prompts = fitting_prompts(speaker, records, model.config.max_position_embeddings - cfg.max_new_tokens)
-        done = draw(model, speaker.stop_ids, prompts, 0, cfg.samples)
+        speaker, room = load_chat(cfg.teacher), load_config(cfg.teacher).max_position_embeddings
+        prompts = fitting_prompts(speaker, records, room - cfg.max_new_tokens)
+        early = plan.offer(cfg, longest, held_out=len(held_out), written=[*map(len, prompts)])
+        distributed.main_print(f"memory, with texts of up to {longest} tokens: {early.sentence}")
+        done = draw(distributed.shard(load_model(cfg.teacher)), speaker.stop_ids, prompts, 0, cfg.samples)
         mine, named = distributed.shard_rows(records), env["teachers"][0]
         lines = distributed.join_rows(text_lines(speaker, chat, mine, done, named))
         if lost := [line for line in lines if isinstance(line, str)]:
             distributed.main_print(f"left out {len(lost)} of {len(lines)} texts (first: {lost[0]})")
         if len(lost) == len(lines):  # said on every rank: none waits for another
             raise ValueError(f"{path}: none of {len(lines)} texts can be learnt from (first: {lost[0]})")
-        if distributed.is_main():
-            write_lines(path, [line for line in lines if isinstance(line, dict)])
-        distributed.barrier()
+        distributed.together(lambda: write_lines(path, [x for x in lines if isinstance(x, dict)]), main=True)
 
+    held_out = tasks_of(read_jsonl(cfg.eval_data)) if cfg.eval_data else []
     if cfg.mode == "text" and cfg.teacher:
-        plan.offer(cfg, longest, held_out=len(records))  # its texts are not there yet
         if not (cfg.resume and (run / "teacher.jsonl").exists()):
             write_texts(run / "teacher.jsonl")
         records = read_jsonl(run / "teacher.jsonl")
-    train, held_out = tasks_of(records), tasks_of(read_jsonl(cfg.eval_data)) if cfg.eval_data else []
+    train = tasks_of(records)
     fit = plan.offer(cfg, max(len(getattr(t, "ids", t)) for t in train + held_out), held_out=len(held_out))
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------

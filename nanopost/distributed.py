@@ -44,8 +44,14 @@ def setup(machine: Any = None) -> None:
     Args:
         machine: a configuration with the flags recompute, offload and replicas (`fsdp.choose`), or none.
     Raises:
-        ValueError: as `fsdp.choose`; NANOPOST_TIMEOUT is no number above 0.
+        ValueError: as `fsdp.choose`; NANOPOST_TIMEOUT is no number above 0; torchrun is to start ranks again
+            with the store of those that died, where they find addresses of the dead (pytorch#135712).
     """
+    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        fix = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and pass --standalone or --rdzv-backend c10d"
+        told = f"torchrun --max-restarts {again}: restarted ranks would call those that died"
+        raise ValueError(f"{told}; {fix} (docs/scale.md)")
     torch.set_autocast_dtype(device().type, torch.bfloat16)
     torch.set_autocast_enabled(device().type, bf16())
     torch.set_autocast_cache_enabled(False)  # it would keep the weights of the first step

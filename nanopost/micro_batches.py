@@ -1,14 +1,20 @@
 """Micro-batches: the rows of a step, as many at a time as memory holds.
 
 A gradient is a sum over rows, so their split changes its rounding and nothing else. Where memory runs out, a
-step begins again with half as many rows a pass; the batch of the step stays what it is.
+step begins again with half as many rows a pass; the batch of the step stays what it is. That is written down
+
+    run/micro_batch.jsonl    a line each time: {"rank": 1, "rows": 32}
+
+and a resumed run begins with the least of it. So a sharded run, which cannot begin its step again, is halved
+by starting it again: `torchrun --max-restarts 3 … --resume` does so by itself.
 """
 
 import gc
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
-from weakref import WeakKeyDictionary
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,7 +24,34 @@ from nanopost import distributed, metrics
 
 T = TypeVar("T")
 R = TypeVar("R")
-_fits: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # rows a pass, where memory has run out
+FILE = "micro_batch.jsonl"
+# Of the run that this process is in: its folder, and the rows a pass that memory has come down to.
+_run: dict[str, Any] = {"folder": None, "rows": None}
+
+
+def begin(run: Path | None = None, rows: int | None = None) -> None:
+    """Begin a run: what was known of the one before is forgotten.
+
+    Args:
+        run: its folder, where sizes are written down; None: nowhere.
+        rows: no pass has more of them; None: memory has not run out.
+    """
+    _run.update(folder=run, rows=rows)
+    if run and rows:
+        told = f"memory ran out before: at most {rows} rows a pass (--micro-batch)"
+        distributed.main_print(f"{told}, until {run / FILE} is removed")
+
+
+def read_limit(run: Path) -> int | None:
+    """The least rows a pass that memory has come down to in a run; None where it never ran out.
+
+    Raises:
+        ValueError: a line is not as it was written; the file is named.
+    """
+    sizes: list[Any] = [record.get("rows") for record in metrics.read_records(run, FILE)]
+    if wrong := [size for size in sizes if not (isinstance(size, int) and size > 0)]:
+        raise ValueError(f"{run / FILE}: rows must be a whole number above 0, got {wrong[0]!r}")
+    return min(sizes, default=None)
 
 
 def in_parts(
@@ -36,7 +69,7 @@ def in_parts(
     and the first row comes first again.
 
     Args:
-        model: whose size it is; it keeps the smaller micro-batch from here on, for whatever it does.
+        model: what computes. The smaller micro-batch stays, for whatever is computed in this run.
         rows: this rank's.
         act: called in their order; may go backward, and must leave nothing else behind.
         micro_batch: rows a call; the last may have fewer.
@@ -47,9 +80,9 @@ def in_parts(
     Raises:
         MemoryError: there is no half of one row; or the model is sharded: other ranks already wait in the
             pass that this one cannot end, and what FSDP keeps of it cannot be undone (on one process with
-            `--offload` too). It says what to start again with.
+            `--offload` too). A start with `--resume` takes the smaller micro-batch.
     """
-    size = max(1, min(micro_batch, len(rows), _fits.get(model, micro_batch)))
+    size = max(1, min(micro_batch, len(rows), _run["rows"] or micro_batch))
     while True:
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         try:
@@ -61,17 +94,16 @@ def in_parts(
             if size == 1:
                 raise MemoryError(f"{told}: --recompute, --lora-rank and shorter rows take less") from error
             sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+            kept = _write_down(size // 2)
             if sharded or distributed.world_size() > 1:
-                fix = f"start again with --micro-batch {size // 2}"
-                raise MemoryError(f"{told}: {fix}, and --resume where a state is saved") from error
+                raise MemoryError(f"{told}: start again with --micro-batch {size // 2}{kept}") from error
         size //= 2  # the error is gone here, and with it what its frames held
-        _fits[model] = size
         if trained is not None:
             trained.zero_grad(set_to_none=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        distributed.main_print(f"{told}: {size} from here on; the batch and its gradient stay the same")
+        distributed.main_print(f"{told}: {size} from here on, the batch and its gradient stay the same{kept}")
 
 
 def sum_parts(
@@ -88,6 +120,20 @@ def sum_parts(
     for part in in_parts(model, rows, act, micro_batch, trained, desc=desc):
         sums.update(part)
     return sums
+
+
+def _write_down(rows: int) -> str:
+    """Keep the size for this process, and in the run folder for the next. Returns where it is, in words."""
+    _run["rows"] = rows
+    if _run["folder"] is None:
+        return ""
+    path = _run["folder"] / FILE
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"rank": distributed.rank(), "rows": rows}) + "\n")
+    except OSError as error:
+        return f"; {path} does not say so: {error}"
+    return f"; {path} says so to a start with --resume"
 
 
 def _out_of_memory(error: Exception) -> bool:

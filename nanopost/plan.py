@@ -2,14 +2,16 @@
 
     python train_sft.py --model DIR --data chats.jsonl --plan       the table; status 0 if it fits, 1 if not
 
-The terms are those of `models/footprint.py` and `rollout/footprint.py`, added up for four moments of a run:
-while it samples, where backward begins (all activations are there) and ends (all gradients are), and while
-the model is written. All rows are taken to be as long as the longest: no step takes more.
+The terms are those of `models/footprint.py` and `rollout/footprint.py`, added up for the moments of a run:
+while a model that is gone before step 1 writes the data or scores it, while the run samples, where backward
+begins (all activations are there) and ends (all gradients are), while it evaluates, and while the model is
+written. All rows are taken to be as long as the longest: no step takes more.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -63,6 +65,8 @@ def moments(job: Job) -> dict[str, Terms]:
     found = {"backward begins": always | begins, "backward ends": always | ends}
     if job.sampled:
         found = {"sampling": always | speaking(job)} | found
+    if job.guest:
+        found = {"teacher writes" if job.guest.sampled else "reference reads": visiting(job)} | found
     if job.held_out:
         alone = replace(job, sampled=job.held_out if job.new else 0, group=1)
         read = {"gathered": sampling.whole(job), "passing": training.reading(job)}
@@ -70,6 +74,16 @@ def moments(job: Job) -> dict[str, Terms]:
     if job.device == "cpu":  # of a GPU's run the host does this
         found["writing"] = always | {"read again": training.read_again(job)}
     return found
+
+
+def visiting(job: Job) -> Terms:
+    """The terms of a run's guest: it writes its texts alone, or reads the data beside the policy."""
+    guest = replace(job.guest, micro_batch=job.micro_batch // job.pair) if job.guest else job
+    terms = {"frozen models": training.standing(guest)["weights"]}
+    if guest.sampled:
+        return terms | speaking(guest)
+    terms |= {"weights": training.standing(job)["weights"], "gathered": sampling.whole(guest)}
+    return terms | {"passing": training.reading(guest)}
 
 
 def speaking(job: Job) -> Terms:
@@ -146,13 +160,14 @@ def _told(path: str, name: str) -> int:
 BEGAN = _told("/proc/self/status", "VmRSS:")  # interpreter and torch, which no term counts
 
 
-def job_of(cfg: Any, longest: int, *, held_out: int = 0) -> Job:
+def job_of(cfg: Any, longest: int, *, held_out: int = 0, written: Sequence[int] = ()) -> Job:
     """The job of a script's flags, on this device, with the ranks that there are.
 
     Args:
         cfg: the configuration of one of the six scripts.
         longest: tokens of the longest row that is read, or of the longest prompt that is sampled from.
         held_out: rows of an evaluation, over all ranks.
+        written: tokens of the prompts that distillation's teacher is to answer before the first step.
     """
     has, adapter, device = vars(cfg), chosen_adapter(cfg), "cuda" if torch.cuda.is_available() else "cpu"
     ranks = distributed.world_size()
@@ -166,14 +181,17 @@ def job_of(cfg: Any, longest: int, *, held_out: int = 0) -> Job:
     pair = 2 if has.get("labels") == "pairs" or ("loss" in has and "group_size" not in has) else 1
     rows = has.get("batch_size", 0) or has["prompts_per_step"] * group
     rows = rows // ranks
-    others = (
-        [has.get(name) for name in ("ref_model", "teacher", "reward_model")]
-        if samples or head == "logits"
-        else []
-    )
+    others = ("ref_model", "teacher", "reward_model") if samples or head == "logits" else ()
     critic = has.get("critic", "shared")
+    place: dict[str, Any] = {"ranks": ranks // has.get("replicas", 1), "device": device}
+    place |= {"bf16": torch.is_autocast_enabled(device), "offload": has.get("offload", False)}
+    guest = has.get("teacher") if written else None if samples else has.get("ref_model")
+    visit: dict[str, Any] = {"micro_batch": 1, "rows": 1, "length": max(written, default=longest), **place}
+    if written:
+        visit |= {"group": has["samples"], "new": new, "sampled": ceil(len(written) / ranks) * has["samples"]}
     return Job(
         config=config,
+        guest=Job(config=load_config(guest), **visit) if guest else None,
         head=head,
         stored=STORED.get(has.get("divergence") or "", 8),
         pair=pair,
@@ -189,13 +207,10 @@ def job_of(cfg: Any, longest: int, *, held_out: int = 0) -> Job:
         targets=adapter.targets if adapter else (),
         nf4=cfg.lora_nf4,
         copies=int("group_size" in has and cfg.ref_model is None),
-        frozen=tuple(load_config(folder) for folder in others if folder),
+        frozen=tuple(load_config(has[name]) for name in others if has.get(name)),
         critic=None if critic == "shared" else load_config(critic or cfg.model),
-        ranks=ranks // has.get("replicas", 1),
-        device=device,
-        bf16=torch.is_autocast_enabled(device),
         recompute=has.get("recompute", False),
-        offload=has.get("offload", False),
+        **place,
     )
 
 
@@ -211,15 +226,15 @@ def table(job: Job) -> str:
     return "\n".join(lines)
 
 
-def offer(cfg: Any, longest: int, *, held_out: int = 0) -> Fit:
+def offer(cfg: Any, longest: int, *, held_out: int = 0, written: Sequence[int] = ()) -> Fit:
     """Whether a script's run fits. With --plan: print its table and end, with status 0 if it does, else 1.
 
     Args:
-        cfg, longest, held_out: as for `job_of`.
+        cfg, longest, held_out, written: as for `job_of`.
     Raises:
         SystemExit: with --plan.
     """
-    job = job_of(cfg, longest, held_out=held_out)
+    job = job_of(cfg, longest, held_out=held_out, written=written)
     found = fits(job, min(distributed.join_rows([available(job.device)])))
     if not cfg.plan:
         return found

@@ -4,7 +4,8 @@
     run/env.json    python, torch, platform, package versions, commit: what a number needs to be believed;
                     and the SHA-256 of every file that the configuration names
     run/.lock       held while a process is at work in the folder
-    run/metrics.jsonl  run/rollouts/  run/model/  run/state/    see `metrics` and `checkpoint`
+    run/metrics.jsonl  run/rollouts/  run/model/  run/state/  run/micro_batch.jsonl
+                    see `metrics`, `checkpoint` and `micro_batches`
 
 Only rank 0 reads and writes; every rank may call, and all raise what it finds.
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from nanopost import atomic, distributed
+from nanopost import atomic, distributed, micro_batches
 from nanopost import config as flags
 
 _LOCKS = set[Path]()  # the run folders that this process holds
@@ -53,16 +54,20 @@ def open_run(run: Path | str, config: Any, *, env: Mapping[str, Any]) -> Path:
     """
     if config.plan:
         return Path(run)
-    distributed.together(lambda: _open(Path(run), config, json.loads(json.dumps(dict(env)))), main=True)
+    added = json.loads(json.dumps(dict(env)))
+    rows, *_ = distributed.together(lambda: _open(Path(run), config, added), main=True)
+    micro_batches.begin(Path(run), rows)
     return Path(run)
 
 
-def _open(run: Path, config: Any, env: dict[str, Any]) -> None:
+def _open(run: Path, config: Any, env: dict[str, Any]) -> int | None:
+    """Returns the rows a pass that the run has come down to, where it goes on (`micro_batches`)."""
     arguments = json.loads(json.dumps(asdict(config), default=str))
     begun = [name for name in BEGUN if (run / name).exists()]
     if {*begun} & {*BEGUN[:2]} and not config.resume:
         raise ValueError(f"run: {run} holds a run already; pass --resume to go on or choose another folder")
     known = begun and config.resume
+    rows = micro_batches.read_limit(run) if config.resume else None
     old = _read(run / "env.json") if known else {}
     before = _read(run / "args.json") if known else {}
     env |= {"bf16": torch.is_autocast_enabled("cuda" if torch.cuda.is_available() else "cpu")}
@@ -93,6 +98,9 @@ def _open(run: Path, config: Any, env: dict[str, Any]) -> None:
     for name, value in (("args", arguments), ("env", record)):
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         atomic.replace_file(run / f"{name}.json", text.encode())
+    if not config.resume:
+        (run / micro_batches.FILE).unlink(missing_ok=True)
+    return rows
 
 
 def _free() -> set[str]:

@@ -45,7 +45,7 @@ FLOORS: dict[str, set[str]] = {
     "shards": set(),
     "checkpoint": {"atomic", "distributed", "shards"},
     "optim": set(),
-    "runs": {"atomic", "config", "distributed"},
+    "runs": {"atomic", "config", "distributed", "micro_batches"},
     "faults": {"checkpoint", "distributed", "optim", "data.schema"},
     "micro_batches": {"distributed", "metrics"},
     "kernels": {"losses"},

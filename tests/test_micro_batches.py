@@ -3,6 +3,7 @@
 import os
 import resource
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from nanopost import distributed
+from nanopost import distributed, micro_batches
 from nanopost.micro_batches import in_parts, sum_parts
 from tests.ranks import run_function
+
+
+@pytest.fixture(autouse=True)
+def no_run() -> Iterator[None]:
+    """Sizes are of a run, and these tests are none; nor do those that follow get them."""
+    micro_batches.begin()
+    yield
+    micro_batches.begin()
 
 
 class Narrow:
@@ -49,12 +58,45 @@ def test_the_gradient_of_a_step_that_did_not_fit_is_that_of_one_that_did(capsys)
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=0.0)
     told = capsys.readouterr().out.splitlines()
     assert told[0] == (
-        "rank 0 is out of memory with 8 rows a pass (--micro-batch): 4 from here on; the batch and its "
+        "rank 0 is out of memory with 8 rows a pass (--micro-batch): 4 from here on, the batch and its "
         "gradient stay the same"
     )
     small.seen.clear()  # the size is kept, for what is only scored too
     in_parts(small.model, rows[:5], small.learn, 8, optimizer)
     assert small.seen == [[0, 1], [2, 3], [4]] and len(told) == 2 and not capsys.readouterr().out
+
+
+def test_a_run_writes_its_size_down_and_a_resumed_one_begins_with_it(tmp_path, capsys):
+    assert micro_batches.read_limit(tmp_path) is None
+    micro_batches.begin(tmp_path)
+    narrow = Narrow(2)
+    in_parts(narrow.model, list(range(9)), narrow.learn, 8, narrow.model)
+    assert (tmp_path / "micro_batch.jsonl").read_text() == '{"rank": 0, "rows": 4}\n{"rank": 0, "rows": 2}\n'
+    with open(tmp_path / "micro_batch.jsonl", "a") as file:
+        file.write('{"rank": 1, "rows": 4}\n')  # another rank's, which had no more time to learn of ours
+    capsys.readouterr()
+    other = Narrow(2)
+    micro_batches.begin(tmp_path, micro_batches.read_limit(tmp_path))
+    in_parts(other.model, list(range(5)), other.learn, 8, other.model)
+    assert [len(rows) for rows in other.seen] == [2, 2, 1]
+    told = "memory ran out before: at most 2 rows a pass (--micro-batch), until "
+    assert capsys.readouterr().out == f"{told}{tmp_path / 'micro_batch.jsonl'} is removed\n"
+    in_parts(other.model, [0], other.learn, 1, other.model)  # no more than was asked for
+    assert len(other.seen[-1]) == 1
+
+
+@pytest.mark.parametrize("rows", ["0", "-2", '"4"', "2.5", "null"])
+def test_a_size_that_is_none_is_named(tmp_path, rows):
+    (tmp_path / "micro_batch.jsonl").write_text(f'{{"rank": 0, "rows": {rows}}}\n')
+    with pytest.raises(ValueError, match=r"micro_batch\.jsonl: rows must be a whole number above 0, got "):
+        micro_batches.read_limit(tmp_path)
+
+
+def test_a_size_that_cannot_be_written_down_is_told(tmp_path, capsys):
+    micro_batches.begin(tmp_path / "gone")
+    narrow = Narrow(1)
+    assert len(in_parts(narrow.model, [1, 2], narrow.learn, 2, narrow.model)) == 2
+    assert "gone/micro_batch.jsonl does not say so: [Errno 2]" in capsys.readouterr().out
 
 
 def test_a_size_that_no_row_has_is_not_tried():
@@ -100,7 +142,8 @@ def test_the_memory_of_this_machine_runs_out():
     assert sizes[:2] == [16, 8] and len(sums) > 1 and sum(sums) == 16
 
 
-def on_one_of_two() -> str:
+def on_one_of_two(folder: str) -> str:
+    micro_batches.begin(Path(folder))
     narrow = Narrow(9 - distributed.rank() * 8)
     try:
         in_parts(narrow.model, [1, 2, 3, 4], narrow.learn, 4, narrow.model)
@@ -109,13 +152,14 @@ def on_one_of_two() -> str:
     return ""
 
 
-def test_several_ranks_are_told_what_to_start_again_with():
+def test_several_ranks_are_told_what_to_start_again_with(tmp_path):
     """The others already wait in a pass that this one cannot end."""
-    fine, lost = run_function(__name__, "on_one_of_two", ranks=2)
+    fine, lost = run_function(__name__, "on_one_of_two", ranks=2, args=[str(tmp_path)])
     assert not fine and lost == (
-        "rank 1 is out of memory with 4 rows a pass (--micro-batch): start again with "
-        "--micro-batch 2, and --resume where a state is saved"
+        "rank 1 is out of memory with 4 rows a pass (--micro-batch): start again with --micro-batch 2; "
+        f"{tmp_path}/micro_batch.jsonl says so to a start with --resume"
     )
+    assert micro_batches.read_limit(tmp_path) == 2
 
 
 def beside_fsdp() -> str:

@@ -17,6 +17,7 @@ from nanopost.data.schema import Sample
 from nanopost.kernels import dispatch
 from nanopost.losses import aggregate, sft_loss
 from nanopost.models import footprint
+from nanopost.models.config import load_config
 from nanopost.models.footprint import Job
 from nanopost.models.llama import Llama
 from nanopost.models.lora_model import TARGETS, Adapter, add_adapter
@@ -229,6 +230,53 @@ def test_sampling_takes_what_the_allocator_gives(slots: int, words: int) -> None
     planned = sum(plan.moments(j)["sampling"].values()) - sum(footprint.standing(j).values())
     assert planned == pytest.approx(taken, rel=CLOSE)
     assert sampling.kv_cache(j) == 2 * 2 * 2 * 24 * 4 * (min(4, slots // 4 + 1) * 48 + min(16, slots) * 40)
+
+
+WIDE = dataclasses.replace(CONFIG, hidden_size=288, intermediate_size=792, num_hidden_layers=4)
+
+
+def test_a_reference_that_is_gone_before_the_first_step_is_there_until_then() -> None:
+    """DPO under an adapter with another folder's reference: its weights are what the run takes most of."""
+    small = job(rank=4, targets=FEW, micro_batch=4, pair=2, rows=4)
+    guest = job(config=WIDE)
+    terms = plan.moments(dataclasses.replace(small, guest=guest))["reference reads"]
+    model, batch = model_of(guest), rows(2, 100)
+    assert terms["frozen models"] == sum(p.nbytes for p in model.parameters())
+    assert terms["weights"] == footprint.standing(small)["weights"]
+    with torch.no_grad():
+        taken = peak(lambda: loss_of(guest, model, batch))
+    assert terms["passing"] == pytest.approx(taken, rel=CLOSE)
+    assert plan.need(dataclasses.replace(small, guest=guest)) > plan.need(small)
+
+
+def test_a_teacher_writes_alone() -> None:
+    """Nothing of the student is there yet; what the sampler takes is the sampler's test."""
+    teacher = job(config=WIDE, length=48, new=40, group=2, sampled=16)
+    terms = plan.moments(job(guest=teacher))["teacher writes"]
+    assert terms["frozen models"] == 4 * footprint.size(WIDE) and "weights" not in terms
+    spoken = plan.moments(teacher)["sampling"]
+    assert {key: terms[key] for key in ("KV cache", "logits", "passing")} == {
+        key: spoken[key] for key in ("KV cache", "logits", "passing")
+    }
+    away = dataclasses.replace(teacher, offload=True, device="cuda")
+    assert plan.moments(job(guest=away))["teacher writes"]["frozen models"] == 0
+
+
+def test_the_guests_of_the_scripts(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "hub")
+    read = {name: runpy.run_path(str(ROOT / f"train_{name}.py")) for name in ("dpo", "distill", "grpo")}
+    given = {"model": folder, "data": folder}
+    cfg = read["dpo"]["Config"](**given, ref_model=folder)
+    guest = plan.job_of(cfg, 20).guest
+    assert guest == Job(config=load_config(folder), micro_batch=1, rows=1, length=20, device=DEVICE)
+    assert plan.job_of(read["dpo"]["Config"](**given), 20).guest is None  # the policy is its own reference
+    cfg = read["grpo"]["Config"](**given, verifier="math", ref_model=folder)
+    assert plan.job_of(cfg, 20).guest is None  # it stays: a frozen model
+    told = {"samples": 3, "max_new_tokens": 50}
+    cfg = read["distill"]["settle"](read["distill"]["Config"](**given, mode="text", teacher=folder, **told))
+    guest = plan.job_of(cfg, 20, written=[9, 30, 12]).guest
+    assert (guest.sampled, guest.group, guest.new, guest.length) == (9, 3, 50, 30)
+    assert plan.job_of(cfg, 20).guest is None  # its texts are there
 
 
 def test_the_largest_that_fits() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanopost import config, metrics, runs
+from nanopost import config, metrics, micro_batches, runs
 
 
 @dataclass(frozen=True)
@@ -173,3 +173,15 @@ def test_a_record_that_does_not_read_is_named(tmp_path):
     (tmp_path / "args.json").write_text("{")
     with pytest.raises(ValueError, match=r"args\.json: not JSON"):
         begin(tmp_path)
+
+
+def test_what_memory_came_down_to_is_of_the_run_and_not_of_a_new_one_in_its_folder(tmp_path, capsys):
+    try:
+        begin(tmp_path)
+        (tmp_path / "micro_batch.jsonl").write_text('{"rank": 1, "rows": 2}\n')
+        begin(tmp_path, resume=True)
+        assert "at most 2 rows a pass" in capsys.readouterr().out
+        begin(tmp_path)  # nothing was begun there: another first start
+        assert not (tmp_path / "micro_batch.jsonl").exists() and not capsys.readouterr().out
+    finally:
+        micro_batches.begin()

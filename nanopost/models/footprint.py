@@ -40,6 +40,7 @@ class Job:
     copies: int = 0  # frozen models of the policy's own format: the reference
     frozen: tuple[LlamaConfig, ...] = ()  # frozen models in float32
     critic: LlamaConfig | None = None  # trains as the policy does
+    guest: Job | None = None  # a frozen model's, gone before step 1: it writes the data, or scores it
     ranks: int = 1  # that share a model between them
     device: str = "cpu"
     bf16: bool = False
@@ -241,10 +242,7 @@ def last_gradients(job: Job) -> int:
 
 
 def read_again(job: Job) -> int:
-    """What is written is read again, 4·P; under an adapter the merged matrices stand beside it.
-
-    Of several ranks each has the whole model on the host by then, 4·P.
-    """
+    """What is written is read again, 4·P, of several ranks 8·P; under an adapter with the merged matrices."""
     c = job.config
     merged = sum(a * b for n, (a, b) in matrices(c).items() if n in job.targets) * c.num_hidden_layers
     return 4 * (size(c) * (1 + (job.ranks > 1)) + merged)

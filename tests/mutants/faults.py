@@ -4,6 +4,9 @@ from tests.mutants.mutant import Mutant
 
 FAULTS, SHARDS, RUNS = "nanopost/faults.py", "nanopost/shards.py", "nanopost/runs.py"
 PARTS, HALVES = "nanopost/micro_batches.py", "tests/test_micro_batches.py"
+OF_THE_RUN = (
+    "tests/test_runs.py::test_what_memory_came_down_to_is_of_the_run_and_not_of_a_new_one_in_its_folder"
+)
 STEP = f"{HALVES}::test_the_gradient_of_a_step_that_did_not_fit_is_that_of_one_that_did"
 VERIFIER, VERDICTS = "nanopost/evals/verifier.py", "tests/evals/test_verifier.py"
 FAILS = f"{VERDICTS}::test_what_raises_or_hangs_has_no_verdict_and_never_a_zero"
@@ -125,7 +128,7 @@ MUTANTS = [
         story="The exception holds what the failed pass held: the smaller one runs out of memory too.",
         file=PARTS,
         before='            told = f"rank',
-        after='            kept = error.__traceback__\n            told = f"rank',
+        after='            held = error.__traceback__\n            told = f"rank',
         killer=STEP,
     ),
     Mutant(
@@ -133,9 +136,54 @@ MUTANTS = [
         source="our own",
         story="The size that fits is forgotten: every step fails once more before it is taken.",
         file=PARTS,
-        before="        _fits[model] = size\n",
+        before='    _run["rows"] = rows\n',
         after="",
         killer=STEP,
+    ),
+    Mutant(
+        name="only-rank-0-writes-its-size-down",
+        source="our own",
+        story="Rank 1 runs out of memory and says so to nobody: every start of the run ends where it did.",
+        file=PARTS,
+        before='    if _run["folder"] is None:\n',
+        after='    if _run["folder"] is None or distributed.rank():\n',
+        killer=f"{HALVES}::test_several_ranks_are_told_what_to_start_again_with",
+    ),
+    Mutant(
+        name="the-last-size-and-not-the-least",
+        source="our own",
+        story="Two ranks ran out of memory; the one that wrote last had come less far down.",
+        file=PARTS,
+        before="return min(sizes, default=None)",
+        after="return sizes[-1] if sizes else None",
+        killer=f"{HALVES}::test_a_run_writes_its_size_down_and_a_resumed_one_begins_with_it",
+    ),
+    Mutant(
+        name="a-resumed-run-asks-for-all-rows-again",
+        source="our own",
+        story="The size that memory had come down to is read, not used: no start gets further than the last.",
+        file=RUNS,
+        before="micro_batches.begin(Path(run), rows)",
+        after="micro_batches.begin(Path(run))",
+        killer=OF_THE_RUN,
+    ),
+    Mutant(
+        name="a-new-run-inherits-its-folders-size",
+        source="our own",
+        story="Begun again with smaller rows, the run is held to what the one before it could not do.",
+        file=RUNS,
+        before="        (run / micro_batches.FILE).unlink(missing_ok=True)\n",
+        after="        pass\n",
+        killer=OF_THE_RUN,
+    ),
+    Mutant(
+        name="restarted-ranks-call-the-dead",
+        source="pytorch#135712",
+        story="torchrun's second start reads the first one's addresses, and waits for ranks that are gone.",
+        file="nanopost/distributed.py",
+        before="    if again and os.environ",
+        after="    if not again and os.environ",
+        killer="tests/test_distributed.py::test_restarts_that_would_call_the_dead_are_refused",
     ),
     Mutant(
         name="every-error-is-one-of-memory",
@@ -151,8 +199,8 @@ MUTANTS = [
         source="our own",
         story="Five rows under a micro-batch of 64 fail as 64, 32, 16 and 8.",
         file=PARTS,
-        before="min(micro_batch, len(rows), _fits",
-        after="min(micro_batch, _fits",
+        before="min(micro_batch, len(rows), _run",
+        after="min(micro_batch, _run",
         killer=f"{HALVES}::test_a_size_that_no_row_has_is_not_tried",
     ),
     Mutant(

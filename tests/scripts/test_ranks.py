@@ -7,6 +7,8 @@ one. Prompts and completions have unequal lengths, and one rank has no share of 
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +20,11 @@ from nanopost import metrics
 from nanopost.data.chat import copy_chat, load_chat
 from nanopost.models.heads import load_score_model, save_score_model
 from tests.digits import digit_policy, write_lines
-from tests.ranks import run_script, run_until
+from tests.ranks import ROOT, run_script, run_until
 from tests.tiny import hub_folder
 from tests.tolerances import within
 
+SCRIPTS = ["sft", "reward", "dpo", "grpo", "ppo", "distill"]
 TIMES = ("rollout_s", "verify_s", "train_s", "seconds")
 IN_A_ROW = """
 import inspect, json, runpy, sys
@@ -99,7 +102,17 @@ def runs(flags: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "grpo", "ppo", "distill"])
+def same_steps(run: Path, expected: Path, dtype: str = "float64") -> None:
+    """Two steps were taken, and told the same but for their times."""
+    told, due = (metrics.read_records(folder) for folder in (run, expected))
+    assert len(told) == 2
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in rows] for rows in (told, due)
+    )
+    within(f"world sizes, {dtype}", ours, theirs)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize(
     ("dtype", "ranks"),
     [
@@ -111,12 +124,8 @@ def runs(flags: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) 
 )
 def test_ranks_take_the_steps_of_one_process(runs: Runs, name: str, dtype: str, ranks: int) -> None:
     one, several = (runs(dtype, n) / name for n in (1, ranks))
-    told, expected = (metrics.read_records(run) for run in (several, one))
-    assert len(told) == 2 and expected[0]["grad_norm"] > 1e-3
-    ours, theirs = (
-        [{k: v for k, v in row.items() if k not in TIMES} for row in rows] for rows in (told, expected)
-    )
-    within(f"world sizes, {dtype}", ours, theirs)
+    assert metrics.read_records(one)[0]["grad_norm"] > 1e-3
+    same_steps(several, one, dtype)
     for file in ("model/model.safetensors", *(["critic/model.safetensors"] if name == "ppo" else [])):
         weights, tensors = load_file(several / file), load_file(one / file)
         assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
@@ -147,14 +156,62 @@ def test_memory_that_runs_out_changes_no_step(
     commands = [[f"train_{name}.py", *own, "--out", str(tmp_path / name)] for name, own in flags.items()]
     printed = run_script(["-c", NARROW + IN_A_ROW, json.dumps(["float64", commands])], ranks=1, limit=240)
     for name in flags:
-        told, expected = (metrics.read_records(folder / name) for folder in (tmp_path, runs("float64", 1)))
-        assert len(told) == 2
-        ours, theirs = (
-            [{k: v for k, v in row.items() if k not in TIMES} for row in rows] for rows in (told, expected)
-        )
-        within("world sizes, float64", ours, theirs)
+        same_steps(tmp_path / name, runs("float64", 1) / name)
     halved = printed.count("rows a pass (--micro-batch)")
     assert halved == printed.count("the batch and its gradient stay the same") >= 2 * len(flags), printed
+
+
+ONE_RANK = """
+import json, os, sys
+import torch
+from nanopost import optim
+set_lr, calls = optim.set_lr, []
+def arm(optimizer, lr):
+    set_lr(optimizer, lr)
+    calls.append(lr)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    def fail(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        trained[len(trained) // 2].register_post_accumulate_grad_hook(fail)
+optim.set_lr = arm
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["grpo", *(pytest.param(x, marks=pytest.mark.slow) for x in SCRIPTS if x != "grpo")]
+)
+def test_a_rank_out_of_memory_writes_what_the_next_start_takes(
+    runs: Runs, flags: dict[str, list[str]], tmp_path: Path, name: str
+) -> None:
+    """In its second step, on the way back; the same command again, as torchrun --max-restarts gives it."""
+    command = [f"train_{name}.py", *flags[name], "--out", str(tmp_path / "run"), "--resume"]
+    started = json.dumps(["float64", [[*command, "--micro-batch", "4", "--save-every", "1"]]])
+    with pytest.raises(AssertionError) as ended:
+        run_script(["-c", ONE_RANK + IN_A_ROW, started], ranks=2)
+    assert "rank 1 is out of memory with 4 rows a pass (--micro-batch): start again with" in str(ended.value)
+    assert (tmp_path / "run/micro_batch.jsonl").read_text() == '{"rank": 1, "rows": 2}\n'
+    printed = run_script(["-c", IN_A_ROW, started], ranks=2)
+    assert "memory ran out before: at most 2 rows a pass" in printed
+    assert "preflight: left out, the run goes on from step 1" in printed
+    same_steps(tmp_path / "run", runs("float64", 2) / name)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_with_what_fits(
+    runs: Runs, flags: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """docs/scale.md's command: its second start goes on from the first one's state, with half the rows."""
+    (script := tmp_path / "script.py").write_text(ONE_RANK + IN_A_ROW)
+    command = ["train_sft.py", *flags["sft"], "--out", str(tmp_path / "run"), "--resume", "--save-every", "1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": str(ROOT)}
+    started = json.dumps(["float64", [[*command, "--micro-batch", "4"]]])
+    subprocess.run(
+        [sys.executable, *torchrun, str(script), started], env=environment, cwd=ROOT, check=True, timeout=120
+    )
+    assert (tmp_path / "run/micro_batch.jsonl").read_text() == '{"rank": 1, "rows": 2}\n'
+    same_steps(tmp_path / "run", runs("float64", 2) / "sft")
 
 
 # ---- a rank that is gone
