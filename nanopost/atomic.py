@@ -63,9 +63,21 @@ def hidden(path: Path) -> Path:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file in one move: a reader sees the old one or the new one."""
     temporary = hidden(path)
-    temporary.write_bytes(data)
-    _fsync(temporary)
+    with named(path):
+        temporary.write_bytes(data)
+        _fsync(temporary)
     os.replace(temporary, path)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give an error of writing the name of the file: a disk that is full does not say it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from nanopost.atomic import replace_file
+from nanopost.atomic import named, replace_file
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -54,6 +54,7 @@ def write_record(run: Path | str, step: int, values: Mapping[str, Any]) -> None:
             not taken (`faults.take_step`): what is not finite in its record is null, the norm among them.
     Raises:
         ValueError: a value is NaN, infinite or nothing JSON can hold; the name is told.
+        OSError: the line cannot be written, as on a full disk; a resumed run takes the step again.
     """
     values, taken = dict(values), not _lost(values.get("grad_norm"))
     for name, value in values.items():
@@ -63,7 +64,8 @@ def write_record(run: Path | str, step: int, values: Mapping[str, Any]) -> None:
         if not isinstance(value, (int, float, str, type(None))):
             raise ValueError(f"{name}: expected a number or text at step {step}, got {type(value).__name__}")
     if _is_main():
-        with open(Path(run) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = Path(run) / "metrics.jsonl"
+        with named(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 

@@ -36,6 +36,17 @@ def test_truncate_forgets_from_a_step_on(tmp_path: Path) -> None:
     metrics.truncate(tmp_path / "new", 0)  # a run that has nothing yet
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_a_full_disk_is_told_by_the_file_that_it_is_full_for(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+        metrics.write_record(tmp_path, 0, {"loss": 1.0})
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts/.000000.jsonl.gz.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/rollouts/000000\.jsonl\.gz'"):
+        metrics.write_rollouts(tmp_path, 0, [{"text": "a"}])
+
+
 def test_a_broken_line_inside_is_an_error_with_its_number(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: not JSON"):

@@ -186,6 +186,15 @@ MUTANTS = [
         killer="tests/test_distributed.py::test_restarts_that_would_call_the_dead_are_refused",
     ),
     Mutant(
+        name="a-disk-is-full-somewhere",
+        source="our own",
+        story="No space left on device, says the run after two days, and not where.",
+        file="nanopost/atomic.py",
+        before="            error.filename = str(path)\n",
+        after="            pass\n",
+        killer="tests/test_metrics.py::test_a_full_disk_is_told_by_the_file_that_it_is_full_for",
+    ),
+    Mutant(
         name="every-error-is-one-of-memory",
         source="our own",
         story="A wrong shape is tried again with one row at a time, and then told as a lack of memory.",

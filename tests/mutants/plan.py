@@ -69,4 +69,22 @@ MUTANTS = [
         after="raise SystemExit(0)",
         killer=f"{TEST}::test_what_does_not_fit_ends_with_1",
     ),
+    Mutant(
+        name="a-reference-as-small-as-the-policy",
+        source="our own",
+        story="DPO's reference from another folder is planned with the policy's weights, and is larger.",
+        file=PLAN,
+        before='"frozen models": training.standing(guest)["weights"]',
+        after='"frozen models": training.standing(job)["weights"]',
+        killer=f"{TEST}::test_a_reference_that_is_gone_before_the_first_step_is_there_until_then",
+    ),
+    Mutant(
+        name="a-teacher-that-takes-no-room",
+        source="our own",
+        story="The plan begins with the student: a teacher of seventy times its size writes before it.",
+        file=PLAN,
+        before='guest = has.get("teacher") if written else None',
+        after="guest = None if written else None",
+        killer=f"{TEST}::test_the_guests_of_the_scripts",
+    ),
 ]
