@@ -16,6 +16,7 @@ KL(p_T‖p_S) at τ = 1 whatever D is: a student that is its teacher has loss an
 rollout_s; teacher logits are never stored. Delta to GKD (Agarwal et al. 2024): no mixture with data; τ²·D.
 """
 
+import gc
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -138,15 +139,13 @@ def main(cfg: Config) -> None:
         """What a step draws from: samples, or on-policy the tokens of prompts."""
         if cfg.mode == "on-policy":
             return fitting_prompts(chat, records, context - cfg.max_new_tokens)
-        every = [(record, sample) for record in records for sample in record_samples(chat, record)]
-        if long := [(record, sample) for record, sample in every if len(sample.ids) > longest + 1]:
-            record, sample = long[0]
-            first = f"first: {record.file}:{record.line}, {len(sample.ids)} tokens"
+        every = [sample for record in records for sample in record_samples(chat, record)]
+        if long := [sample for sample in every if len(sample.ids) > longest + 1]:
             told = f"left out {len(long)} of {len(every)} samples over {longest} tokens"
-            distributed.main_print(f"{told} ({first})")
+            distributed.main_print(f"{told} (first: {long[0].place}, {len(long[0].ids)} tokens)")
         if len(long) == len(every):
             raise ValueError(f"{records[0].file}: no sample of at most {longest} tokens")
-        return [sample for _, sample in every if len(sample.ids) <= longest + 1]
+        return [sample for sample in every if len(sample.ids) <= longest + 1]
 
     def draw(model: torch.nn.Module, stop_ids: tuple, prompts: list, step: int, size: int) -> list:
         """`size` completions of each prompt of this rank's share."""
@@ -160,9 +159,10 @@ def main(cfg: Config) -> None:
         """The teacher's answers to the data's prompts, each with its origin; then the teacher can go."""
         speaker, room = load_chat(cfg.teacher), load_config(cfg.teacher).max_position_embeddings
         prompts = fitting_prompts(speaker, records, room - cfg.max_new_tokens)
-        early = plan.offer(cfg, longest, held_out=len(held_out), written=[*map(len, prompts)])
-        distributed.main_print(f"memory, with texts of up to {longest} tokens: {early.sentence}")
+        most, guest = max(map(len, prompts)) + cfg.max_new_tokens, {"guest": cfg.teacher, "written": prompts}
+        plan.offer(cfg, min(longest, most), held_out=len(held_out), **guest)
         done = draw(distributed.shard(load_model(cfg.teacher)), speaker.stop_ids, prompts, 0, cfg.samples)
+        gc.collect()  # under FSDP only the collector finds a model that is gone
         mine, named = distributed.shard_rows(records), env["teachers"][0]
         lines = distributed.join_rows(text_lines(speaker, chat, mine, done, named))
         if lost := [line for line in lines if isinstance(line, str)]:

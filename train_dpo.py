@@ -153,7 +153,9 @@ def main(cfg: Config) -> None:
 
     train, held_out = examples_of(cfg.data), examples_of(cfg.eval_data) if cfg.eval_data else []
     tokens = [len(sample.ids) for e in train + held_out for sample in e.samples]
-    fit = plan.offer(cfg, max(tokens), held_out=len(train + held_out))
+    kept = cfg.resume and (run / "logps" / "reference.safetensors").exists()
+    guest = None if kept else cfg.ref_model
+    fit = plan.offer(cfg, max(tokens), held_out=len(train + held_out), guest=guest)
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed))

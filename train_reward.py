@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 
 from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, plan, runs
+from nanopost.atomic import replace_file
 from nanopost.data.chat import load_chat
 from nanopost.data.collate import pad_ids
 from nanopost.data.order import step_indices
@@ -270,7 +271,7 @@ def main(cfg: Config) -> None:
                 rates = ", ".join(f"{name} {row['accuracy']:.3f}" for name, row in found["audit"].items())
                 print(f"audit: {rates}. {audit.NOTE}")
             page = {"step": steps, "labels": cfg.labels, "audit_note": audit.NOTE, **found}
-            (run / "evaluation.json").write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
+            replace_file(run / "evaluation.json", (json.dumps(page, indent=2) + "\n").encode())
         faults.save_if_due(run, step + 1, steps, model, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------

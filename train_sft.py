@@ -75,16 +75,13 @@ def main(cfg: Config) -> None:
     longest = min(cfg.max_length or context, context)
 
     def samples_of(path: Path) -> list[Sample]:
-        every = [(record, sample) for record in read_jsonl(path) for sample in record_samples(chat, record)]
-        long = [(record, sample) for record, sample in every if len(sample.ids) > longest + 1]
-        if long:
-            record, sample = long[0]
-            first = f"first: {record.file}:{record.line}, {len(sample.ids)} tokens"
+        every = [sample for record in read_jsonl(path) for sample in record_samples(chat, record)]
+        if long := [sample for sample in every if len(sample.ids) > longest + 1]:
             told = f"left out {len(long)} of {len(every)} samples over {longest} tokens"
-            distributed.main_print(f"{told} ({first})")
+            distributed.main_print(f"{told} (first: {long[0].place}, {len(long[0].ids)} tokens)")
         if len(long) == len(every):
             raise ValueError(f"{path}: no sample of at most {longest} tokens")
-        return [sample for _, sample in every if len(sample.ids) <= longest + 1]
+        return [sample for sample in every if len(sample.ids) <= longest + 1]
 
     train = samples_of(cfg.data)
     held_out = samples_of(cfg.eval_data) if cfg.eval_data else []

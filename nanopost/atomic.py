@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
@@ -74,6 +76,8 @@ def named(path: Path) -> Iterator[None]:
     """Give an error of writing the name of the file: a disk that is full does not say it."""
     try:
         yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     except OSError as error:
         if error.filename is None:
             error.filename = str(path)

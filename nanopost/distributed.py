@@ -47,7 +47,8 @@ def setup(machine: Any = None) -> None:
         ValueError: as `fsdp.choose`; NANOPOST_TIMEOUT is no number above 0; torchrun is to start ranks again
             with the store of those that died, where they find addresses of the dead (pytorch#135712).
     """
-    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    again = several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         fix = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and pass --standalone or --rdzv-backend c10d"
         told = f"torchrun --max-restarts {again}: restarted ranks would call those that died"
@@ -58,7 +59,6 @@ def setup(machine: Any = None) -> None:
     for number in EXITS if threading.current_thread() is threading.main_thread() else ():
         signal.signal(number, _note)
     places = {name: getattr(machine, name) for name in ("recompute", "offload", "replicas") if machine}
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several or places.get("offload"):
         if torch.cuda.is_available():
             torch.cuda.set_device(device())

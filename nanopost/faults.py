@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from nanopost import checkpoint, distributed, optim
+from nanopost import atomic, checkpoint, distributed, optim
 from nanopost.data.schema import Sample
 
 IN_A_ROW = 3  # steps that may go wrong one after the other, less one
@@ -105,7 +105,7 @@ def _keep(run: Path, step: int, loss: float, norm: float, samples: Sequence[Samp
     path = Path(run) / "skipped" / f"{step:06d}-rank{distributed.rank()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {"step": step, "rank": distributed.rank(), "loss": repr(loss), "grad_norm": repr(norm)}
-    with open(path, "a", encoding="utf-8") as file:
+    with atomic.named(path), open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in [head, *map(asdict, samples)])
     return path
 

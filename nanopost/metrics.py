@@ -73,16 +73,15 @@ def _lost(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def read_records(run: Path | str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """All records of a file in order; a last line without its end (a crash while writing) is left out.
+def read_records(run: Path | str) -> list[dict[str, Any]]:
+    """All records of metrics.jsonl in order; a last line without its end (a crash while writing) is left out.
 
     Args:
-        run: the run folder; one without the file gives an empty list.
-        name: of the file.
+        run: the run folder; one without metrics gives an empty list.
     Raises:
         ValueError: a complete line is not JSON; file and line are named.
     """
-    path = Path(run) / name
+    path = Path(run) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):

@@ -3,14 +3,15 @@
 A gradient is a sum over rows, so their split changes its rounding and nothing else. Where memory runs out, a
 step begins again with half as many rows a pass; the batch of the step stays what it is. That is written down
 
-    run/micro_batch.jsonl    a line each time: {"rank": 1, "rows": 32}
+    run/micro_batch-rank1.json    {"rows": 32}
 
-and a resumed run begins with the least of it. So a sharded run, which cannot begin its step again, is halved
-by starting it again: `torchrun --max-restarts 3 … --resume` does so by itself.
+by the rank that ran out, and a resumed run begins with the least. So a sharded run, which cannot begin its
+step again, is halved by starting it again: `torchrun --max-restarts 3 … --resume` does so by itself.
 """
 
 import gc
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from nanopost import distributed, metrics
+from nanopost.atomic import replace_file
 
 T = TypeVar("T")
 R = TypeVar("R")
-FILE = "micro_batch.jsonl"
+FILES = "micro_batch-rank*.json"
 # Of the run that this process is in: its folder, and the rows a pass that memory has come down to.
 _run: dict[str, Any] = {"folder": None, "rows": None}
 
@@ -39,18 +41,21 @@ def begin(run: Path | None = None, rows: int | None = None) -> None:
     _run.update(folder=run, rows=rows)
     if run and rows:
         told = f"memory ran out before: at most {rows} rows a pass (--micro-batch)"
-        distributed.main_print(f"{told}, until {run / FILE} is removed")
+        distributed.main_print(f"{told}, as long as {run / FILES} says so")
 
 
 def read_limit(run: Path) -> int | None:
     """The least rows a pass that memory has come down to in a run; None where it never ran out.
 
     Raises:
-        ValueError: a line is not as it was written; the file is named.
+        ValueError: a file is not as it was written; it is named.
     """
-    sizes: list[Any] = [record.get("rows") for record in metrics.read_records(run, FILE)]
-    if wrong := [size for size in sizes if not (isinstance(size, int) and size > 0)]:
-        raise ValueError(f"{run / FILE}: rows must be a whole number above 0, got {wrong[0]!r}")
+    sizes = list[int]()
+    for path in sorted(run.glob(FILES)):
+        text = path.read_text(encoding="utf-8")
+        if not (said := re.fullmatch(r'\{"rows": ([1-9]\d*)\}\n', text)):
+            raise ValueError(f'{path}: expected {{"rows": N}} with N above 0, got {text!r}; or remove it')
+        sizes.append(int(said[1]))
     return min(sizes, default=None)
 
 
@@ -127,10 +132,9 @@ def _write_down(rows: int) -> str:
     _run["rows"] = rows
     if _run["folder"] is None:
         return ""
-    path = _run["folder"] / FILE
+    path = _run["folder"] / FILES.replace("*", str(distributed.rank()))
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"rank": distributed.rank(), "rows": rows}) + "\n")
+        replace_file(path, (json.dumps({"rows": rows}) + "\n").encode())
     except OSError as error:
         return f"; {path} does not say so: {error}"
     return f"; {path} says so to a start with --resume"

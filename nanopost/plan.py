@@ -10,7 +10,6 @@ written. All rows are taken to be as long as the longest: no step takes more.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from nanopost import distributed
+from nanopost.memory import available
 from nanopost.models import footprint as training
 from nanopost.models.config import load_config
 from nanopost.models.footprint import Job
@@ -66,24 +66,29 @@ def moments(job: Job) -> dict[str, Terms]:
     if job.sampled:
         found = {"sampling": always | speaking(job)} | found
     if job.guest:
-        found = {"teacher writes" if job.guest.sampled else "reference reads": visiting(job)} | found
+        found = {visit(job.guest): visiting(job, job.guest)} | found
     if job.held_out:
         alone = replace(job, sampled=job.held_out if job.new else 0, group=1)
-        read = {"gathered": sampling.whole(job), "passing": training.reading(job)}
+        rows = training.reading(replace(job, rows=job.held_out * job.pair))
+        read = {"gathered": sampling.whole(job), "passing": rows}
         found["evaluation"] = always | (speaking(alone) if job.new else read)
     if job.device == "cpu":  # of a GPU's run the host does this
         found["writing"] = always | {"read again": training.read_again(job)}
     return found
 
 
-def visiting(job: Job) -> Terms:
+def visit(guest: Job) -> str:
+    """What a guest is there for."""
+    return "teacher writes" if guest.sampled else "reference reads"
+
+
+def visiting(job: Job, guest: Job) -> Terms:
     """The terms of a run's guest: it writes its texts alone, or reads the data beside the policy."""
-    guest = replace(job.guest, micro_batch=job.micro_batch // job.pair) if job.guest else job
     terms = {"frozen models": training.standing(guest)["weights"]}
     if guest.sampled:
         return terms | speaking(guest)
     terms |= {"weights": training.standing(job)["weights"], "gathered": sampling.whole(guest)}
-    return terms | {"passing": training.reading(guest)}
+    return terms | {"passing": training.reading(replace(guest, micro_batch=job.micro_batch // job.pair))}
 
 
 def speaking(job: Job) -> Terms:
@@ -137,44 +142,25 @@ def _most(job: Job, name: Literal["micro_batch", "slots"], limit: int, memory: i
     return low * step
 
 
-def available(device: str) -> int:
-    """Bytes for a rank, with what it has taken since it began: of a GPU, or a share of the host or cgroup."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    free = [_told("/proc/meminfo", "MemAvailable:") + _told("/proc/self/status", "VmRSS:")]
-    if not free[0]:  # not Linux: all there is
-        free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of version 2, of version 1
-        path = Path("/sys/fs/cgroup") / name
-        if path.is_file() and (text := path.read_text(encoding="ascii").strip()).isdigit():
-            free.append(int(text))
-    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - BEGAN
-
-
-def _told(path: str, name: str) -> int:
-    """Bytes that a line of one of Linux's files tells in kB; 0 where there is no such file."""
-    lines = Path(path).read_text(encoding="ascii").splitlines() if Path(path).exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith(name)), 0) << 10
-
-
-BEGAN = _told("/proc/self/status", "VmRSS:")  # interpreter and torch, which no term counts
-
-
-def job_of(cfg: Any, longest: int, *, held_out: int = 0, written: Sequence[int] = ()) -> Job:
+def job_of(
+    cfg: Any, longest: int, *, held_out: int = 0, guest: Path | None = None, written: Sequence[Any] = ()
+) -> Job:
     """The job of a script's flags, on this device, with the ranks that there are.
 
     Args:
         cfg: the configuration of one of the six scripts.
         longest: tokens of the longest row that is read, or of the longest prompt that is sampled from.
         held_out: rows of an evaluation, over all ranks.
-        written: tokens of the prompts that distillation's teacher is to answer before the first step.
+        guest: folder of a model that is gone before the first step.
+        written: the prompts that it is to answer, as tokens; none: it scores the rows of an evaluation.
     """
     has, adapter, device = vars(cfg), chosen_adapter(cfg), "cuda" if torch.cuda.is_available() else "cpu"
     ranks = distributed.world_size()
     head = next(HEADS[name] for name in HEADS if name in has)
+    truncated = has.get("top_k", 0) or (has.get("top_p") or 1.0) < 1.0
     if has.get("mode") == "text":
         head = "alike"
-    if has.get("top_k", 0) or (has.get("top_p") or 1.0) < 1.0:
+    elif truncated:
         head = "logits"
     config, samples = load_config(cfg.model), "group_size" in has or has.get("mode") == "on-policy"
     group, new = has.get("group_size", 1), has.get("max_new_tokens", 0) or 256
@@ -185,17 +171,18 @@ def job_of(cfg: Any, longest: int, *, held_out: int = 0, written: Sequence[int] 
     critic = has.get("critic", "shared")
     place: dict[str, Any] = {"ranks": ranks // has.get("replicas", 1), "device": device}
     place |= {"bf16": torch.is_autocast_enabled(device), "offload": has.get("offload", False)}
-    guest = has.get("teacher") if written else None if samples else has.get("ref_model")
-    visit: dict[str, Any] = {"micro_batch": 1, "rows": 1, "length": max(written, default=longest), **place}
+    visit: dict[str, Any] = {"micro_batch": 1, "rows": ceil(held_out / ranks) * pair, "length": longest}
     if written:
-        visit |= {"group": has["samples"], "new": new, "sampled": ceil(len(written) / ranks) * has["samples"]}
+        size, most = has["samples"], max(map(len, written))
+        visit = {"micro_batch": 1, "rows": 1, "length": most, "group": size, "new": new}
+        visit |= {"sampled": ceil(len(written) / ranks) * size, "head": "logits" if truncated else "alike"}
     return Job(
         config=config,
-        guest=Job(config=load_config(guest), **visit) if guest else None,
+        guest=Job(config=load_config(guest), **visit, **place) if guest else None,
         head=head,
         stored=STORED.get(has.get("divergence") or "", 8),
         pair=pair,
-        micro_batch=min(cfg.micro_batch * pair, rows * pair // has.get("minibatches", 1)),
+        micro_batch=cfg.micro_batch * pair,
         rows=rows * pair // has.get("minibatches", 1),
         length=longest,
         group=group,
@@ -226,18 +213,24 @@ def table(job: Job) -> str:
     return "\n".join(lines)
 
 
-def offer(cfg: Any, longest: int, *, held_out: int = 0, written: Sequence[int] = ()) -> Fit:
-    """Whether a script's run fits. With --plan: print its table and end, with status 0 if it does, else 1.
+def offer(cfg: Any, longest: int, **more: Any) -> Fit:
+    """Whether a script's steps fit. With --plan: print its table and end, with status 0 if all fits, else 1.
+
+    A guest that does not fit is told at once: it comes before the preflight.
 
     Args:
-        cfg, longest, held_out, written: as for `job_of`.
+        cfg, longest, more: as for `job_of`.
     Raises:
         SystemExit: with --plan.
     """
-    job = job_of(cfg, longest, held_out=held_out, written=written)
-    found = fits(job, min(distributed.join_rows([available(job.device)])))
+    job = job_of(cfg, longest, **more)
+    memory = min(distributed.join_rows([available(job.device)]))
     if not cfg.plan:
-        return found
+        if job.guest and (takes := sum(visiting(job, job.guest).values())) > memory:
+            told = f"{visit(job.guest)}: that takes {_size(takes)}, there are {_size(memory)} a rank"
+            distributed.main_print(f"memory: before the first step {told}")
+        return fits(replace(job, guest=None), memory)
+    found = fits(job, memory)
     does = "it fits" if found.fits else "it does not fit"
     distributed.main_print(f"{table(job)}\n{does}: {found.sentence}")
     distributed.teardown()

@@ -17,6 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from nanopost.atomic import replace_file
 from nanopost.metrics import read_records, read_rollouts
 from nanopost.report_figures import calibration, curves, keys_of, measure, number, paths
 
@@ -96,7 +97,7 @@ def write_report(folder: Path | str) -> Path:
     house.filters |= {"number": number, "signed": _signed, "measure": measure}
     house.filters["visible"] = lambda text: text.replace("\n", "↵\n").replace("\t", "→\t")
     text = house.get_template("report.html.jinja").render(page)
-    (folder / "report.html").write_text(text.translate(CONTROLS), encoding="utf-8", newline="\n")
+    replace_file(folder / "report.html", text.translate(CONTROLS).encode())
     return folder / "report.html"
 
 

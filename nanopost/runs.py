@@ -4,7 +4,7 @@
     run/env.json    python, torch, platform, package versions, commit: what a number needs to be believed;
                     and the SHA-256 of every file that the configuration names
     run/.lock       held while a process is at work in the folder
-    run/metrics.jsonl  run/rollouts/  run/model/  run/state/  run/micro_batch.jsonl
+    run/metrics.jsonl  run/rollouts/  run/model/  run/state/  run/micro_batch-rank<r>.json
                     see `metrics`, `checkpoint` and `micro_batches`
 
 Only rank 0 reads and writes; every rank may call, and all raise what it finds.
@@ -99,7 +99,8 @@ def _open(run: Path, config: Any, env: dict[str, Any]) -> int | None:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         atomic.replace_file(run / f"{name}.json", text.encode())
     if not config.resume:
-        (run / micro_batches.FILE).unlink(missing_ok=True)
+        for left in run.glob(micro_batches.FILES):
+            left.unlink()
     return rows
 
 

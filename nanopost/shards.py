@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from nanopost.atomic import named
 
 Place = tuple[tuple[int, int], ...]  # first and one past the last, a dimension each
 Index = dict[str, list[tuple[Path, Place]]]  # where the parts of a tensor lie
@@ -64,10 +66,8 @@ def write_part(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         place, mine = place_of(tensor)
         if mine and all(low < high for low, high in place):
             parts[name], places[name] = local(tensor).detach().cpu().contiguous(), place
-    try:
+    with named(path):
         save_file(parts, path, metadata={"places": json.dumps(places)})
-    except SafetensorError as error:  # so it says that the disk is full
-        raise OSError(f"{path}: {error}") from error
 
 
 def read_index(paths: Iterable[Path]) -> Index:

@@ -220,13 +220,17 @@ def test_everything_is_the_identity_on_one_process(capsys: pytest.CaptureFixture
 
 
 def test_restarts_that_would_call_the_dead_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torchrun --max-restarts says to its ranks; the next start found the old addresses, and hung."""
+    """What torchrun --max-restarts says to its ranks: the next start finds the old addresses."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(
         ValueError, match=r"--max-restarts 3: .*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and pass"
     ):
         distributed.setup()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    distributed.setup()  # alone nobody calls
+    distributed.teardown()
 
 
 def test_a_rank_that_fails_fails_the_test_and_stops_the_others() -> None:

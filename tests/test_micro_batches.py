@@ -71,24 +71,24 @@ def test_a_run_writes_its_size_down_and_a_resumed_one_begins_with_it(tmp_path, c
     micro_batches.begin(tmp_path)
     narrow = Narrow(2)
     in_parts(narrow.model, list(range(9)), narrow.learn, 8, narrow.model)
-    assert (tmp_path / "micro_batch.jsonl").read_text() == '{"rank": 0, "rows": 4}\n{"rank": 0, "rows": 2}\n'
-    with open(tmp_path / "micro_batch.jsonl", "a") as file:
-        file.write('{"rank": 1, "rows": 4}\n')  # another rank's, which had no more time to learn of ours
+    assert [path.name for path in tmp_path.iterdir()] == ["micro_batch-rank0.json"]
+    assert (tmp_path / "micro_batch-rank0.json").read_text() == '{"rows": 2}\n'
+    (tmp_path / "micro_batch-rank1.json").write_text('{"rows": 4}\n')  # it has come less far down
     capsys.readouterr()
     other = Narrow(2)
     micro_batches.begin(tmp_path, micro_batches.read_limit(tmp_path))
     in_parts(other.model, list(range(5)), other.learn, 8, other.model)
     assert [len(rows) for rows in other.seen] == [2, 2, 1]
-    told = "memory ran out before: at most 2 rows a pass (--micro-batch), until "
-    assert capsys.readouterr().out == f"{told}{tmp_path / 'micro_batch.jsonl'} is removed\n"
+    told = "memory ran out before: at most 2 rows a pass (--micro-batch), as long as "
+    assert capsys.readouterr().out == f"{told}{tmp_path}/micro_batch-rank*.json says so\n"
     in_parts(other.model, [0], other.learn, 1, other.model)  # no more than was asked for
     assert len(other.seen[-1]) == 1
 
 
-@pytest.mark.parametrize("rows", ["0", "-2", '"4"', "2.5", "null"])
+@pytest.mark.parametrize("rows", ["0", "-2", '"4"', "2.5", "null", "true"])
 def test_a_size_that_is_none_is_named(tmp_path, rows):
-    (tmp_path / "micro_batch.jsonl").write_text(f'{{"rank": 0, "rows": {rows}}}\n')
-    with pytest.raises(ValueError, match=r"micro_batch\.jsonl: rows must be a whole number above 0, got "):
+    (tmp_path / "micro_batch-rank3.json").write_text(f'{{"rows": {rows}}}\n')
+    with pytest.raises(ValueError, match=r'micro_batch-rank3\.json: expected \{"rows": N\} .*, got '):
         micro_batches.read_limit(tmp_path)
 
 
@@ -96,7 +96,7 @@ def test_a_size_that_cannot_be_written_down_is_told(tmp_path, capsys):
     micro_batches.begin(tmp_path / "gone")
     narrow = Narrow(1)
     assert len(in_parts(narrow.model, [1, 2], narrow.learn, 2, narrow.model)) == 2
-    assert "gone/micro_batch.jsonl does not say so: [Errno 2]" in capsys.readouterr().out
+    assert "gone/micro_batch-rank0.json does not say so: [Errno 2]" in capsys.readouterr().out
 
 
 def test_a_size_that_no_row_has_is_not_tried():
@@ -157,7 +157,7 @@ def test_several_ranks_are_told_what_to_start_again_with(tmp_path):
     fine, lost = run_function(__name__, "on_one_of_two", ranks=2, args=[str(tmp_path)])
     assert not fine and lost == (
         "rank 1 is out of memory with 4 rows a pass (--micro-batch): start again with --micro-batch 2; "
-        f"{tmp_path}/micro_batch.jsonl says so to a start with --resume"
+        f"{tmp_path}/micro_batch-rank1.json says so to a start with --resume"
     )
     assert micro_batches.read_limit(tmp_path) == 2
 

@@ -237,8 +237,8 @@ WIDE = dataclasses.replace(CONFIG, hidden_size=288, intermediate_size=792, num_h
 
 def test_a_reference_that_is_gone_before_the_first_step_is_there_until_then() -> None:
     """DPO under an adapter with another folder's reference: its weights are what the run takes most of."""
-    small = job(rank=4, targets=FEW, micro_batch=4, pair=2, rows=4)
-    guest = job(config=WIDE)
+    small = job(rank=4, targets=FEW, micro_batch=4, pair=2, rows=2)
+    guest = job(config=WIDE, rows=9)
     terms = plan.moments(dataclasses.replace(small, guest=guest))["reference reads"]
     model, batch = model_of(guest), rows(2, 100)
     assert terms["frozen models"] == sum(p.nbytes for p in model.parameters())
@@ -254,29 +254,41 @@ def test_a_teacher_writes_alone() -> None:
     teacher = job(config=WIDE, length=48, new=40, group=2, sampled=16)
     terms = plan.moments(job(guest=teacher))["teacher writes"]
     assert terms["frozen models"] == 4 * footprint.size(WIDE) and "weights" not in terms
-    spoken = plan.moments(teacher)["sampling"]
-    assert {key: terms[key] for key in ("KV cache", "logits", "passing")} == {
-        key: spoken[key] for key in ("KV cache", "logits", "passing")
-    }
+    assert terms["KV cache"] == 2 * 2 * 4 * 24 * 4 * (8 * 48 + 16 * 40)
+    several = plan.moments(job(guest=dataclasses.replace(teacher, ranks=2)))["teacher writes"]
+    assert (
+        several["frozen models"] == terms["frozen models"] / 2 < several["gathered"] and not terms["gathered"]
+    )
     away = dataclasses.replace(teacher, offload=True, device="cuda")
     assert plan.moments(job(guest=away))["teacher writes"]["frozen models"] == 0
 
 
 def test_the_guests_of_the_scripts(tmp_path: Path) -> None:
     folder = hub_folder(tmp_path / "hub")
-    read = {name: runpy.run_path(str(ROOT / f"train_{name}.py")) for name in ("dpo", "distill", "grpo")}
+    read = {name: runpy.run_path(str(ROOT / f"train_{name}.py")) for name in ("dpo", "distill")}
     given = {"model": folder, "data": folder}
     cfg = read["dpo"]["Config"](**given, ref_model=folder)
-    guest = plan.job_of(cfg, 20).guest
-    assert guest == Job(config=load_config(folder), micro_batch=1, rows=1, length=20, device=DEVICE)
-    assert plan.job_of(read["dpo"]["Config"](**given), 20).guest is None  # the policy is its own reference
-    cfg = read["grpo"]["Config"](**given, verifier="math", ref_model=folder)
-    assert plan.job_of(cfg, 20).guest is None  # it stays: a frozen model
-    told = {"samples": 3, "max_new_tokens": 50}
+    guest = plan.job_of(cfg, 20, held_out=9, guest=folder).guest
+    assert guest == Job(config=load_config(folder), micro_batch=1, rows=18, length=20, device=DEVICE)
+    assert plan.job_of(cfg, 20).guest is None  # its log-probs are kept
+    told = {"samples": 3, "max_new_tokens": 50, "top_p": 0.9}
     cfg = read["distill"]["settle"](read["distill"]["Config"](**given, mode="text", teacher=folder, **told))
-    guest = plan.job_of(cfg, 20, written=[9, 30, 12]).guest
-    assert (guest.sampled, guest.group, guest.new, guest.length) == (9, 3, 50, 30)
-    assert plan.job_of(cfg, 20).guest is None  # its texts are there
+    guest = plan.job_of(cfg, 20, guest=folder, written=["a" * n for n in (9, 30, 12)]).guest
+    assert (guest.sampled, guest.group, guest.new, guest.length, guest.head) == (9, 3, 50, 30, "logits")
+    student = plan.job_of(cfg, 20)
+    assert (student.guest, student.head, student.frozen) == (None, "alike", ())  # its texts are there
+
+
+def test_evaluation_is_planned_in_passes_of_the_flag(tmp_path: Path) -> None:
+    """The held-out records do not come in steps: --micro-batch 32 is 32 rows of them, whatever a step has."""
+    folder = hub_folder(tmp_path / "hub")
+    Config = runpy.run_path(str(ROOT / "train_sft.py"))["Config"]
+    cfg = Config(model=folder, data=folder, batch_size=4, micro_batch=32)
+    many, few, one = (plan.moments(plan.job_of(cfg, 20, held_out=n))["evaluation"] for n in (50, 5, 1))
+    assert many["passing"] == 32 * one["passing"] and few["passing"] == 5 * one["passing"]
+    j = plan.job_of(cfg, 20)
+    assert footprint.tokens(j)[0] == 4 * 20 and not footprint.adds(j)  # but a step has no more than it has
+    assert plan.fits(j).micro_batch == 4 and "micro-batches of 32; up to 4 would fit" in plan.fits(j).sentence
 
 
 def test_the_largest_that_fits() -> None:
@@ -334,7 +346,7 @@ def test_the_job_of_each_script(name: str, tmp_path: Path) -> None:
     frozen = j.copies + len(j.frozen)
     assert (j.head, j.pair, frozen, j.rank, j.targets) == (*READ[name], 3, ALL)
     rows = getattr(cfg, "batch_size", 0) or cfg.prompts_per_step * cfg.group_size
-    assert (j.rows, j.micro_batch) == (rows * j.pair, min(cfg.micro_batch, rows) * j.pair)
+    assert (j.rows, j.micro_batch) == (rows * j.pair, cfg.micro_batch * j.pair)
     assert (j.length, j.held_out, j.ranks, j.device) == (20, 7, 1, DEVICE)
     spoken = {"new": 256, "sampled": rows} if "group_size" in vars(cfg) else {"new": 0, "sampled": 0}
     assert {key: getattr(j, key) for key in spoken} == spoken
@@ -344,7 +356,10 @@ def test_the_job_of_each_script(name: str, tmp_path: Path) -> None:
 SCRIPTS = {
     "sft": ["--micro-batch", "4"],
     "grpo": ["--verifier", "gsm8k", "--max-new-tokens", "8"],
+    "dpo": ["--ref-model", "HUB"],
+    "distill": ["--mode", "text", "--teacher", "HUB", "--max-new-tokens", "8"],
 }
+GUESTS = {"dpo": "reference reads", "distill": "teacher writes"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -352,9 +367,14 @@ def test_plan_of_a_script(name: str, tmp_path: Path) -> None:
     """The table, the verdict and no run; weights that are no weights show that none was read."""
     folder, data = hub_folder(tmp_path / "hub"), write_chats(tmp_path / "chats.jsonl", 8)
     (folder / "model.safetensors").write_bytes(b"none")
+    if name == "dpo":
+        data.write_text('{"prompt": "add one", "chosen": "it is 1", "rejected": "it is 2"}\n' * 8)
     flags = ["--model", folder, "--data", data, "--out", tmp_path / "run", *SCRIPTS[name], "--plan"]
-    printed = run_script([f"train_{name}.py", *map(str, flags)], ranks=1)
-    assert "it fits: " in printed and "in all" in printed and ("KV cache" in printed) == (name == "grpo")
+    told = [str(folder if flag == "HUB" else flag) for flag in flags]
+    printed = run_script([f"train_{name}.py", *told], ranks=1)
+    assert "it fits: " in printed and "in all" in printed
+    assert ("KV cache" in printed) == (name in ("grpo", "distill"))
+    assert all((guest in printed) == (name == script) for script, guest in GUESTS.items())
     assert not (tmp_path / "run").exists()
 
 

@@ -178,10 +178,10 @@ def test_a_record_that_does_not_read_is_named(tmp_path):
 def test_what_memory_came_down_to_is_of_the_run_and_not_of_a_new_one_in_its_folder(tmp_path, capsys):
     try:
         begin(tmp_path)
-        (tmp_path / "micro_batch.jsonl").write_text('{"rank": 1, "rows": 2}\n')
+        (tmp_path / "micro_batch-rank1.json").write_text('{"rows": 2}\n')
         begin(tmp_path, resume=True)
         assert "at most 2 rows a pass" in capsys.readouterr().out
         begin(tmp_path)  # nothing was begun there: another first start
-        assert not (tmp_path / "micro_batch.jsonl").exists() and not capsys.readouterr().out
+        assert not [*tmp_path.glob("micro_batch*")] and not capsys.readouterr().out
     finally:
         micro_batches.begin()

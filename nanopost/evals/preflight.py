@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from nanopost import distributed
+from nanopost.atomic import replace_file
 from nanopost.data.chat import Chat
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample
@@ -218,7 +219,8 @@ def tell(run: Path, found: Sequence[Check], *, seconds: float) -> None:
         distributed.main_print(f"{check.outcome:>4}  {check.name:<13}  {check.told}{fix}")
     if distributed.is_main():
         page = {"passed": not faults(found), "seconds": round(seconds, 3), "checks": list(map(asdict, every))}
-        (run / "preflight.json").write_text(json.dumps(page, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(page, indent=2, ensure_ascii=False) + "\n"
+        replace_file(run / "preflight.json", text.encode())
 
 
 def leave(why: str) -> None:

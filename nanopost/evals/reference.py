@@ -5,6 +5,7 @@ They are kept by what the sample is, its tokens and its mask, not by its place i
 evaluation or another order of the data cannot mix them up. A file of them names the weights they are of.
 """
 
+import gc
 import hashlib
 import os
 from array import array
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanopost.atomic import hidden
+from nanopost.atomic import hidden, named
 from nanopost.data.schema import Sample
 from nanopost.models.weights import weights_id
 
@@ -46,7 +47,8 @@ def write_logps(path: str | Path, logps: Mapping[str, Tensor], *, weights: str) 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(logps), temporary := hidden(path), metadata={"weights": weights})
+    with named(path):
+        save_file(dict(logps), temporary := hidden(path), metadata={"weights": weights})
     os.replace(temporary, path)
 
 
@@ -103,6 +105,7 @@ def fixed_logps(
     missing = {key: sample for sample in samples if (key := sample_id(sample)) not in logps}
     if missing:
         logps |= zip(missing, score(list(missing.values())), strict=True)
+        gc.collect()  # under FSDP only the collector finds a model that is gone
         if write:
             write_logps(path, logps, weights=weights)
     return logps

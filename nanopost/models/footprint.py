@@ -25,7 +25,7 @@ class Job:
     config: LlamaConfig  # of what trains
     head: str = "alike"  # what reads the hidden states: "alike" (SFT), "logps", "logits" or "score"
     stored: int = 8  # with "logits": how many tensors of their size a loss makes; 8 are top-k's and top-p's
-    micro_batch: int  # rows of a forward pass
+    micro_batch: int  # rows of a forward pass, at most those that there are
     pair: int = 1  # rows that a script counts as one: 2 of a pair
     rows: int  # of an optimiser step, on one rank
     length: int  # T, tokens of the longest row; of sampled rows the longest prompt's
@@ -141,7 +141,7 @@ def tokens(job: Job) -> tuple[int, int, int]:
     Data: rows·T, all three. Sampled: a group's prompt is there once, N = prompts·T + rows·S, M = rows·S; each
     of its rows looks at a copy of it, rows·(T + S).
     """
-    rows = job.micro_batch
+    rows = min(job.micro_batch, job.rows)
     if not job.new:
         return rows * job.length, rows * job.length, rows * job.length
     share = job.group if job.length >= SHARED else 1
@@ -155,7 +155,7 @@ def kept_by_block(job: Job) -> int:
     in float32 (n = 2), one a projection in bfloat16 (n = 5); queries, keys, values and output, and what it
     adds up to a head; gate, up and their product. A projection without a gradient of its own keeps no input.
     """
-    c, b, (N, _, keys) = job.config, width(job), tokens(job)
+    c, b, (N, M, keys) = job.config, width(job), tokens(job)
     D, wide, (HE, KE), H = c.hidden_size, c.intermediate_size, heads(c), c.num_attention_heads
     read = [n for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") if _has(job, n)]
     copies = len(read) if job.bf16 else len({n in ("gate_proj", "up_proj") for n in read})
@@ -168,9 +168,9 @@ def kept_by_block(job: Job) -> int:
         attention = b * (N * 2 * HE + keys * 2 * HE + N * H * row)
     else:  # a flash kernel; on a GPU it takes as many key/value heads as query heads
         attention = b * (N * 2 * HE + keys * 2 * (HE if job.device == "cuda" else KE)) + 4 * N * H
-        ragged = job.device == "cpu" and job.micro_batch > 1  # rows are gathered by length, and put back
+        ragged = job.device == "cpu" and row < N  # rows are gathered by length, and put back
         attention += b * N * HE * (ragged and _has(job, "o_proj"))
-        attention += 4 * job.micro_batch * job.new * row * (job.device == "cpu" and bool(job.new))  # its mask
+        attention += 4 * M * row * (job.device == "cpu" and bool(job.new))  # its mask
     return N * per_token + attention
 
 

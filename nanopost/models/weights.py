@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanopost.atomic import sha256
+from nanopost.atomic import named, sha256
 from nanopost.models.config import LlamaConfig, load_config, read_json, write_config
 from nanopost.models.fill import EMBEDDING, TIED, draw_later, fill, several_ranks
 from nanopost.models.header import shard_files
@@ -159,7 +159,8 @@ def write_safetensors(
 
     The library makes it the owner's alone (0600): a server under another name could not open it.
     """
-    save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+    with named(path):
+        save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
     os.umask(mask := os.umask(0))  # there is no way to ask for it without setting it
     path.chmod(0o666 & ~mask)
 

@@ -172,8 +172,8 @@ MUTANTS = [
         source="our own",
         story="Begun again with smaller rows, the run is held to what the one before it could not do.",
         file=RUNS,
-        before="        (run / micro_batches.FILE).unlink(missing_ok=True)\n",
-        after="        pass\n",
+        before="            left.unlink()\n",
+        after="            pass\n",
         killer=OF_THE_RUN,
     ),
     Mutant(

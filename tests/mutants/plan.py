@@ -4,6 +4,7 @@ from tests.mutants.mutant import Mutant
 
 TRAINING, SAMPLING, PLAN = "nanopost/models/footprint.py", "nanopost/rollout/footprint.py", "nanopost/plan.py"
 TEST = "tests/test_plan.py"
+GONE = "tests/scripts/test_ranks.py::test_a_guest_is_gone_before_the_first_step"
 
 MUTANTS = [
     Mutant(
@@ -82,9 +83,36 @@ MUTANTS = [
         name="a-teacher-that-takes-no-room",
         source="our own",
         story="The plan begins with the student: a teacher of seventy times its size writes before it.",
+        file="train_distill.py",
+        before="held_out=len(held_out), **guest)",
+        after="held_out=len(held_out))",
+        killer=f"{TEST}::test_plan_of_a_script[distill]",
+    ),
+    Mutant(
+        name="rows-of-the-data-by-the-step",
+        source="our own",
+        story="Data is scored in passes of --micro-batch; the plan cuts them to the rows of a step.",
         file=PLAN,
-        before='guest = has.get("teacher") if written else None',
-        after="guest = None if written else None",
-        killer=f"{TEST}::test_the_guests_of_the_scripts",
+        before="        micro_batch=cfg.micro_batch * pair,",
+        after='        micro_batch=min(cfg.micro_batch * pair, rows * pair // has.get("minibatches", 1)),',
+        killer=f"{TEST}::test_evaluation_is_planned_in_passes_of_the_flag",
+    ),
+    Mutant(
+        name="a-teacher-that-stays",
+        source="our own",
+        story="Nobody names the teacher any more, but FSDP's cycles keep it, and its memory, in every step.",
+        file="train_distill.py",
+        before="        gc.collect()",
+        after="        pass",
+        killer=GONE,
+    ),
+    Mutant(
+        name="a-reference-that-stays",
+        source="our own",
+        story="DPO's reference has scored the data; under FSDP it stands beside the policy until the end.",
+        file="nanopost/evals/reference.py",
+        before="        gc.collect()",
+        after="        pass",
+        killer=GONE,
     ),
 ]

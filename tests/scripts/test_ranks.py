@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from nanopost import metrics
 from nanopost.data.chat import copy_chat, load_chat
+from nanopost.micro_batches import read_limit
 from nanopost.models.heads import load_score_model, save_score_model
 from tests.digits import digit_policy, write_lines
 from tests.ranks import ROOT, run_script, run_until
@@ -190,7 +191,7 @@ def test_a_rank_out_of_memory_writes_what_the_next_start_takes(
     with pytest.raises(AssertionError) as ended:
         run_script(["-c", ONE_RANK + IN_A_ROW, started], ranks=2)
     assert "rank 1 is out of memory with 4 rows a pass (--micro-batch): start again with" in str(ended.value)
-    assert (tmp_path / "run/micro_batch.jsonl").read_text() == '{"rank": 1, "rows": 2}\n'
+    assert read_limit(tmp_path / "run") == 2
     printed = run_script(["-c", IN_A_ROW, started], ranks=2)
     assert "memory ran out before: at most 2 rows a pass" in printed
     assert "preflight: left out, the run goes on from step 1" in printed
@@ -210,8 +211,36 @@ def test_torchrun_starts_again_with_what_fits(
     subprocess.run(
         [sys.executable, *torchrun, str(script), started], env=environment, cwd=ROOT, check=True, timeout=120
     )
-    assert (tmp_path / "run/micro_batch.jsonl").read_text() == '{"rank": 1, "rows": 2}\n'
+    assert read_limit(tmp_path / "run") == 2
     same_steps(tmp_path / "run", runs("float64", 2) / "sft")
+
+
+COUNTED = """
+import gc
+from nanopost import config, optim
+from nanopost.models.llama import Llama
+parse, set_lr = config.parse, optim.set_lr
+def begin(*given):
+    gc.collect()  # what the script before has left
+    return parse(*given)
+def count(*given):
+    models = [x for x in gc.get_objects() if isinstance(x, Llama)]
+    assert len(models) == 1, f"{len(models)} models are here in a step"
+    set_lr(*given)
+config.parse, optim.set_lr = begin, count
+"""
+
+
+def test_a_guest_is_gone_before_the_first_step(flags: dict[str, list[str]], tmp_path: Path) -> None:
+    """Under FSDP a model that nobody names stays until the collector comes by, and so does its memory."""
+    given = dict(zip(flags["distill"][::2], flags["distill"][1::2], strict=True))
+    dropped = ["--hidden-weight", "--eval-data", "--mode"]
+    text = [x for pair in given.items() if pair[0] not in dropped for x in pair]
+    commands = [
+        ["train_dpo.py", *flags["dpo"], "--out", str(tmp_path / "dpo")],
+        ["train_distill.py", *text, "--mode", "text", "--out", str(tmp_path / "text")],
+    ]
+    run_script(["-c", COUNTED + IN_A_ROW, json.dumps(["float64", commands])], ranks=2)
 
 
 # ---- a rank that is gone
