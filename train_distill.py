@@ -159,8 +159,8 @@ def main(cfg: Config) -> None:
         """The teacher's answers to the data's prompts, each with its origin; then the teacher can go."""
         speaker, room = load_chat(cfg.teacher), load_config(cfg.teacher).max_position_embeddings
         prompts = fitting_prompts(speaker, records, room - cfg.max_new_tokens)
-        most, guest = max(map(len, prompts)) + cfg.max_new_tokens, {"guest": cfg.teacher, "written": prompts}
-        plan.offer(cfg, min(longest, most), held_out=len(held_out), **guest)
+        most = max(map(len, [*prompts, *(task.ids for task in held_out)])) + cfg.max_new_tokens
+        plan.offer(cfg, min(longest, most), held_out=len(held_out), guest=cfg.teacher, written=prompts)
         done = draw(distributed.shard(load_model(cfg.teacher)), speaker.stop_ids, prompts, 0, cfg.samples)
         gc.collect()  # under FSDP only the collector finds a model that is gone
         mine, named = distributed.shard_rows(records), env["teachers"][0]

@@ -155,7 +155,7 @@ def main(cfg: Config) -> None:
     tokens = [len(sample.ids) for e in train + held_out for sample in e.samples]
     kept = cfg.resume and (run / "logps" / "reference.safetensors").exists()
     guest = None if kept else cfg.ref_model
-    fit = plan.offer(cfg, max(tokens), held_out=len(train + held_out), guest=guest)
+    fit = plan.offer(cfg, max(tokens), held_out=len(held_out), guest=guest)
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed))
@@ -164,9 +164,10 @@ def main(cfg: Config) -> None:
 
     def scored(model: torch.nn.Module | Path, samples: list[Sample]) -> list[Tensor]:
         """Log-probs under a model, or a folder's; each rank scores its share, all get all of them."""
+        most = min(cfg.micro_batch, 2 * cfg.batch_size // ranks)  # no more rows at a time than a step has
         model = distributed.shard(load_model(model)) if isinstance(model, Path) else model
         with distributed.gathered(model):
-            mine = completion_logps(model, distributed.shard_rows(samples), micro_batch=cfg.micro_batch)
+            mine = completion_logps(model, distributed.shard_rows(samples), micro_batch=most)
         return distributed.join_rows(mine)
 
     def fixed(name: str, folder: Path, model: torch.nn.Module | Path) -> dict[str, Tensor]:

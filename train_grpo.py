@@ -100,6 +100,8 @@ def main(cfg: Config) -> None:
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
         shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
         raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")
+    # What only scores reads no more rows at a time than what learns.
+    micro_batch = min(cfg.micro_batch, cfg.prompts_per_step * cfg.group_size // (ranks * cfg.minibatches))
     traces = variant.surrogate == "traces"  # the last sample of a group is the record's own answer
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
@@ -223,7 +225,7 @@ def main(cfg: Config) -> None:
         clock["rollout_s"] = time.perf_counter() - start - clock["verify_s"]
 
         old_logps, completions = zip(*(rollouts.trained_on(r, v) for _, r, _, v in samples), strict=True)
-        ref_logps = rollouts.completion_logps(reference, completions, micro_batch=cfg.micro_batch, **scope)
+        ref_logps = rollouts.completion_logps(reference, completions, micro_batch=micro_batch, **scope)
         padded = [pad_sequence(logps, batch_first=True) for logps in (old_logps, ref_logps)]
         length = torch.tensor([len(logps) for logps in old_logps])
         if cfg.overlong_cache:
@@ -242,7 +244,7 @@ def main(cfg: Config) -> None:
             if not denom:  # no verdict on any of these answers, on any rank
                 continue
             act = partial(learn, denom=denom, variant=variant)
-            found = sum_parts(policy, part, act, cfg.micro_batch, optimizer)
+            found = sum_parts(policy, part, act, micro_batch, optimizer)
             seen = {"loss": found["loss"], "samples": [row[0] for row in part], "max_norm": cfg.max_grad_norm}
             norms.append(faults.take_step(run, step, optimizer, policy, **seen))
             sums.update(found)

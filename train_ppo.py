@@ -99,6 +99,8 @@ def main(cfg: Config) -> None:
     if cfg.prompts_per_step % (ranks * cfg.minibatches):
         shares = f"ranks × minibatches ({ranks} × {cfg.minibatches})"
         raise ValueError(f"prompts_per_step={cfg.prompts_per_step} must be a multiple of {shares}")
+    # What only scores reads no more rows at a time than what learns.
+    micro_batch = min(cfg.micro_batch, cfg.prompts_per_step * cfg.group_size // (ranks * cfg.minibatches))
     chat, ref_model = load_chat(cfg.model), cfg.ref_model or cfg.model
     if load_chat(ref_model).tokenizer.to_str() != chat.tokenizer.to_str():
         raise ValueError(f"ref_model: {ref_model} has another tokenizer than {cfg.model}")
@@ -155,7 +157,7 @@ def main(cfg: Config) -> None:
         judged = list(zip(records, drawn, texts, verdicts, strict=True))
         if scorer:
             with distributed.gathered(scorer):
-                judged = ppo.rescored(judged, scorer, micro_batch=cfg.micro_batch)
+                judged = ppo.rescored(judged, scorer, micro_batch=micro_batch)
         clock["verify_s"] += time.perf_counter() - start
         return judged
 
@@ -217,12 +219,12 @@ def main(cfg: Config) -> None:
         clock["rollout_s"] = time.perf_counter() - start - clock["verify_s"]
 
         old_logps, completions = zip(*(rollouts.trained_on(r, v) for _, r, _, v in samples), strict=True)
-        ref_logps = rollouts.completion_logps(reference, completions, micro_batch=cfg.micro_batch, **scope)
+        ref_logps = rollouts.completion_logps(reference, completions, micro_batch=micro_batch, **scope)
         padded = [pad_sequence(logps, batch_first=True) for logps in (old_logps, ref_logps)]
         length = torch.tensor([len(logps) for logps in old_logps])
         mask = torch.arange(int(length.max())) < length[:, None]
         options = {"group_size": size, "total": distributed.all_sum}
-        old_values = ppo.completion_values(critic, completions, micro_batch=cfg.micro_batch)
+        old_values = ppo.completion_values(critic, completions, micro_batch=micro_batch)
         options |= {"values": pad_sequence(old_values, batch_first=True), "gae_lambda": cfg.gae_lambda}
         variant = choose("ppo", critic=True, beta=float(trained.beta), **clips)
         advantages = token_advantages(variant, rewards, *padded, mask, **options)
@@ -239,7 +241,7 @@ def main(cfg: Config) -> None:
             if not denom:  # no verdict on any of these answers, on any rank
                 continue
             act = partial(learn, denom=denom, variant=variant)
-            found = sum_parts(policy, part, act, cfg.micro_batch, optimizer)
+            found = sum_parts(policy, part, act, micro_batch, optimizer)
             seen = {"loss": found["loss"], "samples": [row[0] for row in part], "max_norm": cfg.max_grad_norm}
             norms.append(faults.take_step(run, step, optimizer, policy, critic, **seen))
             sums.update(found)

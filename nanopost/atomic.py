@@ -23,8 +23,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary = begin(path)
     try:
-        yield temporary
-        finish(temporary, path)
+        with named(path):
+            yield temporary
+            finish(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -97,7 +97,8 @@ def save_state(
     try:
         distributed.together(lambda: atomic.begin(path), main=True)
         parts = distributed.together(write_part)
-        distributed.together(finish, main=True)
+        with atomic.named(path):
+            distributed.together(finish, main=True)
     except BaseException:
         if distributed.is_main():
             shutil.rmtree(atomic.hidden(path), ignore_errors=True)

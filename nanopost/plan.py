@@ -30,7 +30,8 @@ Terms = dict[str, int]  # bytes by name
 UNITS = {"GiB": 2**30, "MiB": 2**20}
 # What a script reads its hidden states with: the first whose field its flags have.
 HEADS = {"group_size": "logps", "mode": "logits", "labels": "score", "loss": "logps", "epochs": "alike"}
-STORED = {"forward": 10, "reverse": 11, "jsd": 16}  # tensors as large as the logits, by divergence
+# Tensors as large as the logits that a divergence makes, in a step and without a gradient.
+STORED, SEEN = {"forward": 10, "reverse": 11, "jsd": 16}, {"forward": 7.5, "reverse": 7.5, "jsd": 12.25}
 TERMS = (
     "weights", "frozen models", "Adam", "gathered", "gradients", "activations", "logits", "KV cache",
     "passing", "read again",
@@ -44,7 +45,7 @@ class Fit:
     fits: bool
     need: int  # bytes at the highest moment, on one rank
     memory: int  # bytes there are for a rank
-    micro_batch: int  # the largest that fits, at most the rows of a step; 0: none
+    micro_batch: int  # the largest that fits, at most the rows of a step or what is asked for; 0: none
     slots: int  # likewise, at most the rows that are sampled; 0 also where nothing is
     sentence: str  # all of it
 
@@ -66,18 +67,17 @@ def moments(job: Job) -> dict[str, Terms]:
     if job.sampled:
         found = {"sampling": always | speaking(job)} | found
     if job.guest:
-        found = {visit(job.guest): visiting(job, job.guest)} | found
+        found = {stay(job.guest): visiting(job, job.guest)} | found
     if job.held_out:
-        alone = replace(job, sampled=job.held_out if job.new else 0, group=1)
-        rows = training.reading(replace(job, rows=job.held_out * job.pair))
-        read = {"gathered": sampling.whole(job), "passing": rows}
-        found["evaluation"] = always | (speaking(alone) if job.new else read)
+        alone = replace(job, sampled=job.held_out, rows=job.held_out * job.pair, group=1)
+        parts = [speaking(alone)] * (job.new > 0) + [looking(alone)] * (job.seen > 0 or not job.new)
+        found["evaluation"] = always | max(parts, key=lambda terms: sum(terms.values()))
     if job.device == "cpu":  # of a GPU's run the host does this
         found["writing"] = always | {"read again": training.read_again(job)}
     return found
 
 
-def visit(guest: Job) -> str:
+def stay(guest: Job) -> str:
     """What a guest is there for."""
     return "teacher writes" if guest.sampled else "reference reads"
 
@@ -87,8 +87,14 @@ def visiting(job: Job, guest: Job) -> Terms:
     terms = {"frozen models": training.standing(guest)["weights"]}
     if guest.sampled:
         return terms | speaking(guest)
-    terms |= {"weights": training.standing(job)["weights"], "gathered": sampling.whole(guest)}
-    return terms | {"passing": training.reading(replace(guest, micro_batch=job.micro_batch // job.pair))}
+    read = looking(replace(guest, micro_batch=job.micro_batch // job.pair, rows=job.rows))
+    return terms | {"weights": training.standing(job)["weights"]} | read
+
+
+def looking(job: Job) -> Terms:
+    """The terms of rows without a gradient, and of logits that are stored for a comparison."""
+    logits = round(4 * job.seen * training.tokens(job)[1] * job.config.vocab_size)
+    return {"gathered": sampling.whole(job), "logits": logits, "passing": training.reading(job)}
 
 
 def speaking(job: Job) -> Terms:
@@ -112,14 +118,13 @@ def fits(job: Job, memory: int | None = None) -> Fit:
     """
     memory = available(job.device) if memory is None else memory
     takes = need(job)
-    most = _most(job, "micro_batch", job.rows, memory)
+    limit = max(job.rows, job.micro_batch)
+    most = _most(job, "micro_batch", limit, memory)
     slots = _most(replace(job, micro_batch=most or job.pair), "slots", job.sampled, memory)
     if slots and not most:  # not with so many slots as are asked for: with fewer
-        most = _most(replace(job, slots=slots), "micro_batch", job.rows, memory)
-    told = f"{_size(takes)} of {_size(memory)} a rank, "
-    told += f"micro-batches of {job.micro_batch // job.pair}" + (
-        f", {job.slots} slots" if job.sampled else ""
-    )
+        most = _most(replace(job, slots=slots), "micro_batch", limit, memory)
+    told = f"{_size(takes)} of {_size(memory)} a rank, micro-batches of {job.micro_batch // job.pair}"
+    told += f", {job.slots} slots" if job.sampled else ""
     room = f"up to {most // job.pair}" + (f" with {slots} slots" if slots else "")
     told += f"; {room} would fit" if most else "; none would fit"
     return Fit(takes <= memory, takes, memory, most // job.pair, slots, told)
@@ -150,9 +155,9 @@ def job_of(
     Args:
         cfg: the configuration of one of the six scripts.
         longest: tokens of the longest row that is read, or of the longest prompt that is sampled from.
-        held_out: rows of an evaluation, over all ranks.
+        held_out: records of an evaluation, over all ranks; a pair is one.
         guest: folder of a model that is gone before the first step.
-        written: the prompts that it is to answer, as tokens; none: it scores the rows of an evaluation.
+        written: the prompts that it is to answer, as tokens; none: it scores the data.
     """
     has, adapter, device = vars(cfg), chosen_adapter(cfg), "cuda" if torch.cuda.is_available() else "cpu"
     ranks = distributed.world_size()
@@ -171,16 +176,17 @@ def job_of(
     critic = has.get("critic", "shared")
     place: dict[str, Any] = {"ranks": ranks // has.get("replicas", 1), "device": device}
     place |= {"bf16": torch.is_autocast_enabled(device), "offload": has.get("offload", False)}
-    visit: dict[str, Any] = {"micro_batch": 1, "rows": ceil(held_out / ranks) * pair, "length": longest}
+    alone: dict[str, Any] = {"micro_batch": 1, "rows": 1, "length": longest}  # the guest's
     if written:
         size, most = has["samples"], max(map(len, written))
-        visit = {"micro_batch": 1, "rows": 1, "length": most, "group": size, "new": new}
-        visit |= {"sampled": ceil(len(written) / ranks) * size, "head": "logits" if truncated else "alike"}
+        alone |= {"length": most, "group": size, "new": new, "head": "logits" if truncated else "alike"}
+        alone |= {"sampled": ceil(len(written) / ranks) * size}
     return Job(
         config=config,
-        guest=Job(config=load_config(guest), **visit, **place) if guest else None,
+        guest=Job(config=load_config(guest), **alone, **place) if guest else None,
         head=head,
         stored=STORED.get(has.get("divergence") or "", 8),
+        seen=SEEN.get(has.get("divergence") or "", 0),
         pair=pair,
         micro_batch=cfg.micro_batch * pair,
         rows=rows * pair // has.get("minibatches", 1),
@@ -227,8 +233,10 @@ def offer(cfg: Any, longest: int, **more: Any) -> Fit:
     memory = min(distributed.join_rows([available(job.device)]))
     if not cfg.plan:
         if job.guest and (takes := sum(visiting(job, job.guest).values())) > memory:
-            told = f"{visit(job.guest)}: that takes {_size(takes)}, there are {_size(memory)} a rank"
-            distributed.main_print(f"memory: before the first step {told}")
+            told = f"{_size(takes)} a rank, and there are {_size(memory)}"
+            distributed.main_print(
+                f"memory: before the first step, when a {stay(job.guest)}, it takes {told}"
+            )
         return fits(replace(job, guest=None), memory)
     found = fits(job, memory)
     does = "it fits" if found.fits else "it does not fit"

@@ -189,9 +189,13 @@ def test_a_micro_batch_takes_what_the_allocator_gives(changes: dict) -> None:
 
 @pytest.mark.parametrize("kind", [*plan.STORED, "top-p"])
 def test_losses_of_stored_logits_take_what_the_allocator_gives(kind: str) -> None:
-    """A divergence of two models' logits with what a line tells of it, and a truncated distribution."""
+    """A divergence of two models' logits with what a line tells of it, and a truncated distribution.
+
+    And without a gradient, as an evaluation compares them.
+    """
     config = dataclasses.replace(CONFIG, vocab_size=4000)
-    j = job(config=config, head="logits", stored=plan.STORED.get(kind, 8), micro_batch=3, rows=6)
+    j = job(config=config, head="logits", stored=plan.STORED.get(kind, 8), micro_batch=3, rows=6, held_out=3)
+    j = dataclasses.replace(j, seen=plan.SEEN.get(kind, 0))
     model, batch = model_of(j), rows(3, 100)
     teacher, mask, ids = model_of(j), batch.completion_mask, (batch.input_ids, batch.target_ids)
     divergence = {"forward": losses.forward_kl, "reverse": losses.reverse_kl, "jsd": losses.generalized_jsd}
@@ -208,12 +212,17 @@ def test_losses_of_stored_logits_take_what_the_allocator_gives(kind: str) -> Non
             )
             told = losses.forward_kl(logits.detach(), taught), logits.argmax(-1) == taught.argmax(-1)
             assert len(told[0]) == len(told[1]) == len(values)
-        aggregate(values[None], mask[mask][None], mode="token_mean", denom=10.0).backward()
+        loss = aggregate(values[None], mask[mask][None], mode="token_mean", denom=10.0)
+        if torch.is_grad_enabled():
+            loss.backward()
 
     step()
     standing = sum(footprint.standing(j).values()) + footprint.gradients(j)
     planned = sum(plan.moments(j)["backward begins"].values()) - standing
     assert planned == pytest.approx(peak(step), rel=CLOSE)
+    if j.seen:
+        read = sum(plan.moments(j)["evaluation"].values()) - sum(footprint.standing(j).values())
+        assert read == pytest.approx(peak(torch.no_grad()(step)), rel=CLOSE)
 
 
 @pytest.mark.parametrize(("slots", "words"), [(256, 2048), (8, 64)])
@@ -238,7 +247,7 @@ WIDE = dataclasses.replace(CONFIG, hidden_size=288, intermediate_size=792, num_h
 def test_a_reference_that_is_gone_before_the_first_step_is_there_until_then() -> None:
     """DPO under an adapter with another folder's reference: its weights are what the run takes most of."""
     small = job(rank=4, targets=FEW, micro_batch=4, pair=2, rows=2)
-    guest = job(config=WIDE, rows=9)
+    guest = job(config=WIDE)
     terms = plan.moments(dataclasses.replace(small, guest=guest))["reference reads"]
     model, batch = model_of(guest), rows(2, 100)
     assert terms["frozen models"] == sum(p.nbytes for p in model.parameters())
@@ -269,14 +278,13 @@ def test_the_guests_of_the_scripts(tmp_path: Path) -> None:
     given = {"model": folder, "data": folder}
     cfg = read["dpo"]["Config"](**given, ref_model=folder)
     guest = plan.job_of(cfg, 20, held_out=9, guest=folder).guest
-    assert guest == Job(config=load_config(folder), micro_batch=1, rows=18, length=20, device=DEVICE)
-    assert plan.job_of(cfg, 20).guest is None  # its log-probs are kept
+    assert guest == Job(config=load_config(folder), micro_batch=1, rows=1, length=20, device=DEVICE)
     told = {"samples": 3, "max_new_tokens": 50, "top_p": 0.9}
     cfg = read["distill"]["settle"](read["distill"]["Config"](**given, mode="text", teacher=folder, **told))
     guest = plan.job_of(cfg, 20, guest=folder, written=["a" * n for n in (9, 30, 12)]).guest
     assert (guest.sampled, guest.group, guest.new, guest.length, guest.head) == (9, 3, 50, 30, "logits")
     student = plan.job_of(cfg, 20)
-    assert (student.guest, student.head, student.frozen) == (None, "alike", ())  # its texts are there
+    assert (student.head, student.frozen) == ("alike", ())  # top-p is the teacher's, and it is gone
 
 
 def test_evaluation_is_planned_in_passes_of_the_flag(tmp_path: Path) -> None:
@@ -288,7 +296,11 @@ def test_evaluation_is_planned_in_passes_of_the_flag(tmp_path: Path) -> None:
     assert many["passing"] == 32 * one["passing"] and few["passing"] == 5 * one["passing"]
     j = plan.job_of(cfg, 20)
     assert footprint.tokens(j)[0] == 4 * 20 and not footprint.adds(j)  # but a step has no more than it has
-    assert plan.fits(j).micro_batch == 4 and "micro-batches of 32; up to 4 would fit" in plan.fits(j).sentence
+    assert (
+        plan.fits(j).micro_batch == 32 and "micro-batches of 32; up to 32 would fit" in plan.fits(j).sentence
+    )
+    pairs = dataclasses.replace(j, pair=2, held_out=5, micro_batch=64)
+    assert plan.moments(pairs)["evaluation"]["passing"] == 10 * one["passing"]
 
 
 def test_the_largest_that_fits() -> None:
@@ -376,6 +388,10 @@ def test_plan_of_a_script(name: str, tmp_path: Path) -> None:
     assert ("KV cache" in printed) == (name in ("grpo", "distill"))
     assert all((guest in printed) == (name == script) for script, guest in GUESTS.items())
     assert not (tmp_path / "run").exists()
+    if name == "dpo":  # what the reference has said is kept: a resumed run does not read it again
+        (tmp_path / "run/logps").mkdir(parents=True)
+        (tmp_path / "run/logps/reference.safetensors").touch()
+        assert GUESTS["dpo"] not in run_script([f"train_{name}.py", *told, "--resume"], ranks=1)
 
 
 def test_what_does_not_fit_ends_with_1(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -398,6 +414,25 @@ def test_what_does_not_fit_ends_with_1(tmp_path: Path, monkeypatch, capsys) -> N
     with pytest.raises(SystemExit) as ended:
         plan.offer(Flags(), 64)
     assert ended.value.code == 0
+
+
+def test_a_guest_that_does_not_fit_is_told_and_the_steps_are_judged_alone(
+    tmp_path: Path, monkeypatch, capsys
+):
+    """Before it is loaded; the preflight comes when it is gone."""
+    folder, large = hub_folder(tmp_path / "hub"), hub_folder(tmp_path / "large", intermediate_size=9999)
+    Config = runpy.run_path(str(ROOT / "train_dpo.py"))["Config"]
+    cfg = Config(model=folder, data=folder, ref_model=large, lora_rank=1, micro_batch=1, batch_size=1)
+    alone, both = (plan.need(plan.job_of(cfg, 20, guest=guest)) for guest in (None, large))
+    reads = plan.moments(plan.job_of(cfg, 20, guest=large))["reference reads"]
+    monkeypatch.setattr(plan, "available", lambda device: sum(reads.values()) - 1)
+    found = plan.offer(cfg, 20, guest=large)
+    told = "memory: before the first step, when a reference reads, it takes "
+    assert capsys.readouterr().out.startswith(told)
+    assert found.need == alone < both
+    monkeypatch.setattr(plan, "available", lambda device: sum(reads.values()))
+    plan.offer(cfg, 20, guest=large)
+    assert not capsys.readouterr().out
 
 
 FIRST, *OTHERS = bench.CASES

@@ -26,6 +26,7 @@ class Job:
     head: str = "alike"  # what reads the hidden states: "alike" (SFT), "logps", "logits" or "score"
     stored: int = 8  # with "logits": how many tensors of their size a loss makes; 8 are top-k's and top-p's
     micro_batch: int  # rows of a forward pass, at most those that there are
+    seen: float = 0  # likewise, what an evaluation makes of them
     pair: int = 1  # rows that a script counts as one: 2 of a pair
     rows: int  # of an optimiser step, on one rank
     length: int  # T, tokens of the longest row; of sampled rows the longest prompt's

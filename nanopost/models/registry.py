@@ -25,6 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from nanopost.atomic import named
 from nanopost.models.adapters import route
 from nanopost.models.config import distinct, read_json
 from nanopost.models.peft import CONFIG, WEIGHTS, check_factors
@@ -112,7 +113,7 @@ def audited(table: Mapping[tuple[str, str], str], request: Mapping[str, Any], *,
 
 def write_audit(path: str | Path, records: Iterable[Mapping[str, str]]) -> None:
     """Append records to an audit file, a line each, on disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
+    with named(Path(path)), open(path, "a", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(dict(record)) + "\n")
         file.flush()

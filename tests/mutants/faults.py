@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant(
         name="the-last-size-and-not-the-least",
         source="our own",
-        story="Two ranks ran out of memory; the one that wrote last had come less far down.",
+        story="Two ranks ran out of memory; the one that is read last had come less far down.",
         file=PARTS,
         before="return min(sizes, default=None)",
         after="return sizes[-1] if sizes else None",

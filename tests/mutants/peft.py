@@ -255,8 +255,8 @@ MUTANTS = [
         source="our own",
         story="Each replay overwrites the records of the one before.",
         file=REGISTRY,
-        before='with open(path, "a", encoding="utf-8") as file:',
-        after='with open(path, "w", encoding="utf-8") as file:',
+        before='open(path, "a", encoding="utf-8") as file:',
+        after='open(path, "w", encoding="utf-8") as file:',
         killer=f"{TEST_REGISTRY}::test_replay_prints_the_audit_and_an_older_table_is_the_way_back",
     ),
     Mutant(

@@ -4,6 +4,7 @@ from tests.mutants.mutant import Mutant
 
 TRAINING, SAMPLING, PLAN = "nanopost/models/footprint.py", "nanopost/rollout/footprint.py", "nanopost/plan.py"
 TEST = "tests/test_plan.py"
+READS = "tests/scripts/test_ranks.py::test_what_scores_reads_no_more_rows_than_a_step"
 GONE = "tests/scripts/test_ranks.py::test_a_guest_is_gone_before_the_first_step"
 
 MUTANTS = [
@@ -84,8 +85,8 @@ MUTANTS = [
         source="our own",
         story="The plan begins with the student: a teacher of seventy times its size writes before it.",
         file="train_distill.py",
-        before="held_out=len(held_out), **guest)",
-        after="held_out=len(held_out))",
+        before="guest=cfg.teacher, written=prompts)",
+        after="guest=None)",
         killer=f"{TEST}::test_plan_of_a_script[distill]",
     ),
     Mutant(
@@ -114,5 +115,41 @@ MUTANTS = [
         before="        gc.collect()",
         after="        pass",
         killer=GONE,
+    ),
+    Mutant(
+        name="an-evaluation-without-logits",
+        source="our own",
+        story="Teacher and student are compared on held-out records: seven times the logits, not planned.",
+        file=PLAN,
+        before="round(4 * job.seen *",
+        after="round(0 * job.seen *",
+        killer=f"{TEST}::test_losses_of_stored_logits_take_what_the_allocator_gives[forward]",
+    ),
+    Mutant(
+        name="steps-judged-with-a-guest-that-is-gone",
+        source="our own",
+        story="The preflight refuses a run for a reference that has scored the data and is gone.",
+        file=PLAN,
+        before="return fits(replace(job, guest=None), memory)",
+        after="return fits(job, memory)",
+        killer=f"{TEST}::test_a_guest_that_does_not_fit_is_told_and_the_steps_are_judged_alone",
+    ),
+    Mutant(
+        name="scores-read-more-than-a-step",
+        source="our own",
+        story="Eight ranks share a batch of 32, and the reference reads 16 records at a time.",
+        file="train_dpo.py",
+        before="most = min(cfg.micro_batch, 2 * cfg.batch_size // ranks)",
+        after="most = cfg.micro_batch",
+        killer=f"{READS}[dpo-rows0]",
+    ),
+    Mutant(
+        name="a-rollout-is-scored-at-once",
+        source="our own",
+        story="An update has fewer rows than the flag; the reference reads all that the flag allows.",
+        file="train_grpo.py",
+        before="micro_batch = min(cfg.micro_batch, cfg.prompts_per_step",
+        after="micro_batch = max(cfg.micro_batch, cfg.prompts_per_step",
+        killer=f"{READS}[grpo-rows1]",
     ),
 ]

@@ -243,6 +243,30 @@ def test_a_guest_is_gone_before_the_first_step(flags: dict[str, list[str]], tmp_
     run_script(["-c", COUNTED + IN_A_ROW, json.dumps(["float64", commands])], ranks=2)
 
 
+PASSES = """
+import json
+from nanopost import micro_batches
+in_parts, most = micro_batches.in_parts, {}
+def counted(model, rows, act, micro_batch, *given, desc="train"):
+    if desc in ("train", "score"):
+        most[desc] = max(most.get(desc, 0), min(micro_batch, len(rows)))
+    return in_parts(model, rows, act, micro_batch, *given, desc=desc)
+micro_batches.in_parts = counted
+"""
+
+
+@pytest.mark.parametrize(("name", "rows"), [("dpo", [24, 12]), ("grpo", [12, 12]), ("ppo", [12, 12])])
+def test_what_scores_reads_no_more_rows_than_a_step(
+    flags: dict[str, list[str]], tmp_path: Path, name: str, rows: list[int]
+) -> None:
+    """The plan knows the step; --micro-batch may be more than that. A record of dpo is two rows."""
+    command = [f"train_{name}.py", *flags[name], "--out", str(tmp_path / name), "--micro-batch", "64"]
+    printed = run_script(
+        ["-c", PASSES + IN_A_ROW + "print(json.dumps(most))", json.dumps(["float64", [command]])], ranks=1
+    )
+    assert json.loads(printed.splitlines()[-1]) == dict(zip(("score", "train"), rows, strict=True))
+
+
 # ---- a rank that is gone
 
 
