@@ -80,7 +80,7 @@ def named(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
     except OSError as error:
-        if error.filename is None:
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
 

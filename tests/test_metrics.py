@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from nanopost import metrics
+from nanopost import atomic, metrics
 
 
 def read(path: Path) -> dict:
@@ -45,6 +46,16 @@ def test_a_full_disk_is_told_by_the_file_that_it_is_full_for(tmp_path: Path) -> 
     (tmp_path / "rollouts/.000000.jsonl.gz.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*/rollouts/000000\.jsonl\.gz'"):
         metrics.write_rollouts(tmp_path, 0, [{"text": "a"}])
+
+
+def test_an_error_that_names_its_file_keeps_its_words(tmp_path: Path) -> None:
+    """A library's own error, in a folder that is written in one move: the file is said, not the folder."""
+    folder, file = tmp_path / "model", Path("/file.safetensors")
+    found = r"^/file\.safetensors: I/O error: No space left on device$"
+    with pytest.raises(OSError, match=found), atomic.atomic_folder(folder), atomic.named(file):
+        raise SafetensorError("I/O error: No space left on device")
+    with pytest.raises(OSError, match=r"^\[Errno 28\] full: '.*/model'$"), atomic.atomic_folder(folder):
+        raise OSError(28, "full")
 
 
 def test_a_broken_line_inside_is_an_error_with_its_number(tmp_path: Path) -> None:

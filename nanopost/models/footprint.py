@@ -25,8 +25,8 @@ class Job:
     config: LlamaConfig  # of what trains
     head: str = "alike"  # what reads the hidden states: "alike" (SFT), "logps", "logits" or "score"
     stored: int = 8  # with "logits": how many tensors of their size a loss makes; 8 are top-k's and top-p's
+    seen: float = 0  # likewise, what an evaluation makes
     micro_batch: int  # rows of a forward pass, at most those that there are
-    seen: float = 0  # likewise, what an evaluation makes of them
     pair: int = 1  # rows that a script counts as one: 2 of a pair
     rows: int  # of an optimiser step, on one rank
     length: int  # T, tokens of the longest row; of sampled rows the longest prompt's
@@ -169,7 +169,7 @@ def kept_by_block(job: Job) -> int:
         attention = b * (N * 2 * HE + keys * 2 * HE + N * H * row)
     else:  # a flash kernel; on a GPU it takes as many key/value heads as query heads
         attention = b * (N * 2 * HE + keys * 2 * (HE if job.device == "cuda" else KE)) + 4 * N * H
-        ragged = job.device == "cpu" and row < N  # rows are gathered by length, and put back
+        ragged = job.device == "cpu" and row < N  # several rows are gathered by length, and put back
         attention += b * N * HE * (ragged and _has(job, "o_proj"))
         attention += 4 * M * row * (job.device == "cpu" and bool(job.new))  # its mask
     return N * per_token + attention

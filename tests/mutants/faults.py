@@ -195,6 +195,15 @@ MUTANTS = [
         killer="tests/test_metrics.py::test_a_full_disk_is_told_by_the_file_that_it_is_full_for",
     ),
     Mutant(
+        name="a-name-and-no-words",
+        source="our own",
+        story="An error that has no number gets a file's name: it says None: None, and its words are gone.",
+        file="nanopost/atomic.py",
+        before="if error.errno is not None and error.filename is None:",
+        after="if error.filename is None:",
+        killer="tests/test_metrics.py::test_an_error_that_names_its_file_keeps_its_words",
+    ),
+    Mutant(
         name="every-error-is-one-of-memory",
         source="our own",
         story="A wrong shape is tried again with one row at a time, and then told as a lack of memory.",
