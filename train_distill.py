@@ -159,7 +159,7 @@ def main(cfg: Config) -> None:
         """The teacher's answers to the data's prompts, each with its origin; then the teacher can go."""
         speaker, room = load_chat(cfg.teacher), load_config(cfg.teacher).max_position_embeddings
         prompts = fitting_prompts(speaker, records, room - cfg.max_new_tokens)
-        most = max(map(len, [*prompts, *(task.ids for task in held_out)])) + cfg.max_new_tokens
+        most = max([max(map(len, prompts)) + cfg.max_new_tokens, *(len(task.ids) for task in held_out)])
         plan.offer(cfg, min(longest, most), held_out=len(held_out), guest=cfg.teacher, written=prompts)
         done = draw(distributed.shard(load_model(cfg.teacher)), speaker.stop_ids, prompts, 0, cfg.samples)
         gc.collect()  # under FSDP only the collector finds a model that is gone

@@ -154,8 +154,8 @@ def main(cfg: Config) -> None:
     train, held_out = examples_of(cfg.data), examples_of(cfg.eval_data) if cfg.eval_data else []
     tokens = [len(sample.ids) for e in train + held_out for sample in e.samples]
     kept = cfg.resume and (run / "logps" / "reference.safetensors").exists()
-    guest = None if kept else cfg.ref_model
-    fit = plan.offer(cfg, max(tokens), held_out=len(held_out), guest=guest)
+    read = max(len(held_out), cfg.batch_size)  # scoring gathers the policy too, for a step's rows at most
+    fit = plan.offer(cfg, max(tokens), held_out=read, guest=None if kept else cfg.ref_model)
 
     # ---- 4 Models, optimiser, resume -----------------------------------------------------------------------
     policy = distributed.shard(load_policy(cfg.model, cfg, seed=cfg.seed))

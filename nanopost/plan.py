@@ -92,9 +92,12 @@ def visiting(job: Job, guest: Job) -> Terms:
 
 
 def looking(job: Job) -> Terms:
-    """The terms of rows without a gradient, and of logits that are stored for a comparison."""
+    """The terms of rows without a gradient; where a teacher is compared with, it is gathered as well."""
     logits = round(4 * job.seen * training.tokens(job)[1] * job.config.vocab_size)
-    return {"gathered": sampling.whole(job), "logits": logits, "passing": training.reading(job)}
+    whole = sampling.whole(job)
+    if training.gathered(job):
+        whole += sum(sampling.whole(replace(job, config=teacher)) for teacher in job.frozen)
+    return {"gathered": whole, "logits": logits, "passing": training.reading(job)}
 
 
 def speaking(job: Job) -> Terms:
@@ -109,20 +112,18 @@ def need(job: Job) -> int:
     return max(sum(terms.values()) for terms in moments(job).values())
 
 
-def fits(job: Job, memory: int | None = None) -> Fit:
+def fits(job: Job, memory: int) -> Fit:
     """Whether a job fits into memory, the largest micro-batch that would, and the most slots.
 
     Args:
         job: what `job_of` makes of a script's flags.
-        memory: bytes for a rank; None: what there is (`available`).
+        memory: bytes for a rank (`available`).
     """
-    memory = available(job.device) if memory is None else memory
     takes = need(job)
-    limit = max(job.rows, job.micro_batch)
-    most = _most(job, "micro_batch", limit, memory)
-    slots = _most(replace(job, micro_batch=most or job.pair), "slots", job.sampled, memory)
+    most = _most(job, "micro_batch", memory)
+    slots = _most(replace(job, micro_batch=most or job.pair), "slots", memory)
     if slots and not most:  # not with so many slots as are asked for: with fewer
-        most = _most(replace(job, slots=slots), "micro_batch", limit, memory)
+        most = _most(replace(job, slots=slots), "micro_batch", memory)
     told = f"{_size(takes)} of {_size(memory)} a rank, micro-batches of {job.micro_batch // job.pair}"
     told += f", {job.slots} slots" if job.sampled else ""
     room = f"up to {most // job.pair}" + (f" with {slots} slots" if slots else "")
@@ -130,17 +131,20 @@ def fits(job: Job, memory: int | None = None) -> Fit:
     return Fit(takes <= memory, takes, memory, most // job.pair, slots, told)
 
 
-def _most(job: Job, name: Literal["micro_batch", "slots"], limit: int, memory: int) -> int:
-    """The largest value of a field, at most `limit`, with which a job fits; 0: none."""
-    step = job.pair if name == "micro_batch" else 1
+def _most(job: Job, name: Literal["micro_batch", "slots"], memory: int) -> int:
+    """The largest value of a field, at most what there is or is asked for, with which a job fits; 0: none."""
+    rows = name == "micro_batch"
+    step, limit = (job.pair, max(job.rows, job.micro_batch)) if rows else (1, job.sampled)
 
     def fit(count: int) -> bool:
         changes: dict[str, Any] = {name: count * step}
         return need(replace(job, **changes)) <= memory
 
     low, high = 0, limit // step
-    if fit(high):  # asked first: with the whole step in one there is nothing to accumulate
+    if fit(high):  # asked first, as the whole step is: there is nothing to accumulate
         return high * step
+    if rows and (whole := job.rows // step) < high and fit(whole):
+        low = whole
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fit(middle) else (low, middle)
@@ -233,14 +237,11 @@ def offer(cfg: Any, longest: int, **more: Any) -> Fit:
     memory = min(distributed.join_rows([available(job.device)]))
     if not cfg.plan:
         if job.guest and (takes := sum(visiting(job, job.guest).values())) > memory:
-            told = f"{_size(takes)} a rank, and there are {_size(memory)}"
-            distributed.main_print(
-                f"memory: before the first step, when a {stay(job.guest)}, it takes {told}"
-            )
+            told = f"when a {stay(job.guest)}, it takes {_size(takes)} a rank, and there are {_size(memory)}"
+            distributed.main_print(f"memory: before the first step, {told}")
         return fits(replace(job, guest=None), memory)
     found = fits(job, memory)
-    does = "it fits" if found.fits else "it does not fit"
-    distributed.main_print(f"{table(job)}\n{does}: {found.sentence}")
+    distributed.main_print(f"{table(job)}\nit {'fits' if found.fits else 'does not fit'}: {found.sentence}")
     distributed.teardown()
     raise SystemExit(0 if found.fits else 1)
 

@@ -161,6 +161,10 @@ def test_a_full_disk_is_told_and_training_goes_on(tmp_path, monkeypatch, capsys)
         assert "the state after step 2 is not saved: [Errno 28] No space left" in capsys.readouterr().out
         with pytest.raises(OSError, match="No space left"):
             faults.save_if_due(tmp_path, 4, 4, model, optimizer, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_manifest", full)
+        faults.save_if_due(tmp_path, 2, 4, model, optimizer, **options)
+        assert "No space left on device: '" in (said := capsys.readouterr().out) and "/step_000002'" in said
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_000001"]
     faults.save_if_due(tmp_path, 3, 4, model, optimizer, **options)
     assert checkpoint.load_state(tmp_path, model, optimizer) == 3

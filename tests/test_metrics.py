@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from nanopost import atomic, metrics
+from nanopost.models import registry
 
 
 def read(path: Path) -> dict:
@@ -46,6 +47,8 @@ def test_a_full_disk_is_told_by_the_file_that_it_is_full_for(tmp_path: Path) -> 
     (tmp_path / "rollouts/.000000.jsonl.gz.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*/rollouts/000000\.jsonl\.gz'"):
         metrics.write_rollouts(tmp_path, 0, [{"text": "a"}])
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        registry.write_audit("/dev/full", [{"id": "1"}])
 
 
 def test_an_error_that_names_its_file_keeps_its_words(tmp_path: Path) -> None:

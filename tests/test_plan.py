@@ -246,7 +246,7 @@ WIDE = dataclasses.replace(CONFIG, hidden_size=288, intermediate_size=792, num_h
 
 def test_a_reference_that_is_gone_before_the_first_step_is_there_until_then() -> None:
     """DPO under an adapter with another folder's reference: its weights are what the run takes most of."""
-    small = job(rank=4, targets=FEW, micro_batch=4, pair=2, rows=2)
+    small = job(rank=4, targets=FEW, micro_batch=4, pair=2, rows=8)
     guest = job(config=WIDE)
     terms = plan.moments(dataclasses.replace(small, guest=guest))["reference reads"]
     model, batch = model_of(guest), rows(2, 100)
@@ -255,7 +255,10 @@ def test_a_reference_that_is_gone_before_the_first_step_is_there_until_then() ->
     with torch.no_grad():
         taken = peak(lambda: loss_of(guest, model, batch))
     assert terms["passing"] == pytest.approx(taken, rel=CLOSE)
-    assert plan.need(dataclasses.replace(small, guest=guest)) > plan.need(small)
+    few = dataclasses.replace(small, guest=guest, micro_batch=64, rows=2)  # a step of one pair
+    assert plan.moments(few)["reference reads"] == terms
+    less = dataclasses.replace(small, rows=2, micro_batch=2)
+    assert plan.need(dataclasses.replace(less, guest=guest)) > plan.need(less)
 
 
 def test_a_teacher_writes_alone() -> None:
@@ -297,8 +300,13 @@ def test_evaluation_is_planned_in_passes_of_the_flag(tmp_path: Path) -> None:
     j = plan.job_of(cfg, 20)
     assert footprint.tokens(j)[0] == 4 * 20 and not footprint.adds(j)  # but a step has no more than it has
     assert (
-        plan.fits(j).micro_batch == 32 and "micro-batches of 32; up to 32 would fit" in plan.fits(j).sentence
+        plan.fits(j, 2**40).micro_batch == 32
+        and "micro-batches of 32; up to 32 would fit" in plan.fits(j, 2**40).sentence
     )
+    config = load_config(folder)
+    shared = dataclasses.replace(j, held_out=5, ranks=2, frozen=(config, config))
+    alone = plan.moments(dataclasses.replace(shared, frozen=()))["evaluation"]["gathered"]
+    assert plan.moments(shared)["evaluation"]["gathered"] == 3 * alone > 0  # what it is compared with too
     pairs = dataclasses.replace(j, pair=2, held_out=5, micro_batch=64)
     assert plan.moments(pairs)["evaluation"]["passing"] == 10 * one["passing"]
 
@@ -314,6 +322,10 @@ def test_the_largest_that_fits() -> None:
     assert plan.fits(j, 2**40).micro_batch == 64 and plan.fits(j, 1).micro_batch == 0
     pairs = dataclasses.replace(j, pair=2)
     assert plan.fits(pairs, memory).micro_batch == 5  # 10 rows
+    wide = job(head="logits", stored=10, rows=9, micro_batch=32, length=8, held_out=99, seen=7.5)
+    memory = plan.need(dataclasses.replace(wide, micro_batch=9))
+    assert plan.need(dataclasses.replace(wide, micro_batch=8)) > memory  # gradients are added then
+    assert plan.fits(wide, memory).micro_batch >= 9
     speaks = job(head="logps", new=32, sampled=64, group=4, rows=64, micro_batch=1, slots=64)
     slots = plan.fits(speaks, plan.need(dataclasses.replace(speaks, slots=40))).slots
     assert slots >= 40 and plan.need(dataclasses.replace(speaks, slots=64)) >= plan.need(speaks)
@@ -388,7 +400,9 @@ def test_plan_of_a_script(name: str, tmp_path: Path) -> None:
     assert ("KV cache" in printed) == (name in ("grpo", "distill"))
     assert all((guest in printed) == (name == script) for script, guest in GUESTS.items())
     assert not (tmp_path / "run").exists()
-    if name == "dpo":  # what the reference has said is kept: a resumed run does not read it again
+    if name == "dpo":  # what scores gathers the policy, without held-out records too
+        assert "evaluation" in printed
+        # What the reference has said is kept: a resumed run does not read it again
         (tmp_path / "run/logps").mkdir(parents=True)
         (tmp_path / "run/logps/reference.safetensors").touch()
         assert GUESTS["dpo"] not in run_script([f"train_{name}.py", *told, "--resume"], ranks=1)

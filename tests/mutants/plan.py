@@ -92,7 +92,7 @@ MUTANTS = [
     Mutant(
         name="rows-of-the-data-by-the-step",
         source="our own",
-        story="Data is scored in passes of --micro-batch; the plan cuts them to the rows of a step.",
+        story="Held-out records are read in passes of --micro-batch; the plan cuts them to a step's rows.",
         file=PLAN,
         before="        micro_batch=cfg.micro_batch * pair,",
         after='        micro_batch=min(cfg.micro_batch * pair, rows * pair // has.get("minibatches", 1)),',
@@ -137,7 +137,7 @@ MUTANTS = [
     Mutant(
         name="scores-read-more-than-a-step",
         source="our own",
-        story="Eight ranks share a batch of 32, and the reference reads 16 records at a time.",
+        story="Eight ranks share a batch of 32, 8 rows each, and the reference reads 16 at a time.",
         file="train_dpo.py",
         before="most = min(cfg.micro_batch, 2 * cfg.batch_size // ranks)",
         after="most = cfg.micro_batch",
