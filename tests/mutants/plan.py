@@ -152,4 +152,22 @@ MUTANTS = [
         after="micro_batch = max(cfg.micro_batch, cfg.prompts_per_step",
         killer=f"{READS}[grpo-rows1]",
     ),
+    Mutant(
+        name="the-whole-step-is-not-asked",
+        source="our own",
+        story="In one pass no gradients are added up: nine rows fit where eight do not, and six are advised.",
+        file=PLAN,
+        before="        low = whole\n",
+        after="        pass\n",
+        killer=f"{TEST}::test_the_largest_that_fits",
+    ),
+    Mutant(
+        name="a-teacher-is-gathered-for-nothing",
+        source="our own",
+        story="An evaluation over ranks has the whole student on each, and the teacher, not planned.",
+        file=PLAN,
+        before="    if training.gathered(job):\n        whole +=",
+        after="    if False:\n        whole +=",
+        killer=f"{TEST}::test_evaluation_is_planned_in_passes_of_the_flag",
+    ),
 ]
