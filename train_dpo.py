@@ -164,7 +164,7 @@ def main(cfg: Config) -> None:
 
     def scored(model: torch.nn.Module | Path, samples: list[Sample]) -> list[Tensor]:
         """Log-probs under a model, or a folder's; each rank scores its share, all get all of them."""
-        most = min(cfg.micro_batch, 2 * cfg.batch_size // ranks)  # no more rows at a time than a step has
+        most = min(cfg.micro_batch, 2 * cfg.batch_size // ranks)  # as many rows as a step has: 2 a pair
         model = distributed.shard(load_model(model)) if isinstance(model, Path) else model
         with distributed.gathered(model):
             mine = completion_logps(model, distributed.shard_rows(samples), micro_batch=most)

@@ -18,7 +18,6 @@ calibration against 1/(1 + e^−Δ), Elo, what length decides, and the audit (na
 InstructGPT (Ouyang et al. 2022, eq. 1): every pair stands alone, and rewards are not shifted afterwards.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any, Literal
 import torch
 
 from nanopost import checkpoint, config, distributed, export, faults, metrics, optim, plan, runs
-from nanopost.atomic import replace_file
+from nanopost.atomic import write_json
 from nanopost.data.chat import load_chat
 from nanopost.data.collate import pad_ids
 from nanopost.data.order import step_indices
@@ -271,7 +270,7 @@ def main(cfg: Config) -> None:
                 rates = ", ".join(f"{name} {row['accuracy']:.3f}" for name, row in found["audit"].items())
                 print(f"audit: {rates}. {audit.NOTE}")
             page = {"step": steps, "labels": cfg.labels, "audit_note": audit.NOTE, **found}
-            replace_file(run / "evaluation.json", (json.dumps(page, indent=2) + "\n").encode())
+            write_json(run / "evaluation.json", page)
         faults.save_if_due(run, step + 1, steps, model, optimizer, every=cfg.save_every)
 
     # ---- 9 Teardown ----------------------------------------------------------------------------------------

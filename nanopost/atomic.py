@@ -1,11 +1,13 @@
 """Folders and files that are there whole or not at all, whatever ends the process that writes them."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -70,6 +72,11 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         _fsync(temporary)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one move, for people to read."""
+    replace_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager

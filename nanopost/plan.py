@@ -67,17 +67,17 @@ def moments(job: Job) -> dict[str, Terms]:
     if job.sampled:
         found = {"sampling": always | speaking(job)} | found
     if job.guest:
-        found = {stay(job.guest): visiting(job, job.guest)} | found
+        found = {purpose(job.guest): visiting(job, job.guest)} | found
     if job.held_out:
         alone = replace(job, sampled=job.held_out, rows=job.held_out * job.pair, group=1)
-        parts = [speaking(alone)] * (job.new > 0) + [looking(alone)] * (job.seen > 0 or not job.new)
+        parts = [speaking(alone)] * (job.new > 0) + [scoring(alone)] * (job.seen > 0 or not job.new)
         found["evaluation"] = always | max(parts, key=lambda terms: sum(terms.values()))
     if job.device == "cpu":  # of a GPU's run the host does this
         found["writing"] = always | {"read again": training.read_again(job)}
     return found
 
 
-def stay(guest: Job) -> str:
+def purpose(guest: Job) -> str:
     """What a guest is there for."""
     return "teacher writes" if guest.sampled else "reference reads"
 
@@ -87,11 +87,11 @@ def visiting(job: Job, guest: Job) -> Terms:
     terms = {"frozen models": training.standing(guest)["weights"]}
     if guest.sampled:
         return terms | speaking(guest)
-    read = looking(replace(guest, micro_batch=job.micro_batch // job.pair, rows=job.rows))
+    read = scoring(replace(guest, micro_batch=job.micro_batch // job.pair, rows=job.rows))
     return terms | {"weights": training.standing(job)["weights"]} | read
 
 
-def looking(job: Job) -> Terms:
+def scoring(job: Job) -> Terms:
     """The terms of rows without a gradient; where a teacher is compared with, it is gathered as well."""
     logits = round(4 * job.seen * training.tokens(job)[1] * job.config.vocab_size)
     whole = sampling.whole(job)
@@ -237,7 +237,9 @@ def offer(cfg: Any, longest: int, **more: Any) -> Fit:
     memory = min(distributed.join_rows([available(job.device)]))
     if not cfg.plan:
         if job.guest and (takes := sum(visiting(job, job.guest).values())) > memory:
-            told = f"when a {stay(job.guest)}, it takes {_size(takes)} a rank, and there are {_size(memory)}"
+            told = (
+                f"when a {purpose(job.guest)}, it takes {_size(takes)} a rank, and there are {_size(memory)}"
+            )
             distributed.main_print(f"memory: before the first step, {told}")
         return fits(replace(job, guest=None), memory)
     found = fits(job, memory)

@@ -96,8 +96,7 @@ def _open(run: Path, config: Any, env: dict[str, Any]) -> int | None:
     if known:
         record["changes"] = old.get("changes", []) + ([now] if (now := changed | drift) else [])
     for name, value in (("args", arguments), ("env", record)):
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        atomic.replace_file(run / f"{name}.json", text.encode())
+        atomic.write_json(run / f"{name}.json", value)
     if not config.resume:
         for left in run.glob(micro_batches.FILES):
             left.unlink()

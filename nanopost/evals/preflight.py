@@ -13,7 +13,6 @@ that follows, which takes the same steps with and without. Page: docs/preflight.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from nanopost import distributed
-from nanopost.atomic import replace_file
+from nanopost.atomic import write_json
 from nanopost.data.chat import Chat
 from nanopost.data.order import step_indices
 from nanopost.data.schema import Sample
@@ -219,8 +218,7 @@ def tell(run: Path, found: Sequence[Check], *, seconds: float) -> None:
         distributed.main_print(f"{check.outcome:>4}  {check.name:<13}  {check.told}{fix}")
     if distributed.is_main():
         page = {"passed": not faults(found), "seconds": round(seconds, 3), "checks": list(map(asdict, every))}
-        text = json.dumps(page, indent=2, ensure_ascii=False) + "\n"
-        replace_file(run / "preflight.json", text.encode())
+        write_json(run / "preflight.json", page)
 
 
 def leave(why: str) -> None:
