@@ -237,9 +237,7 @@ def offer(cfg: Any, longest: int, **more: Any) -> Fit:
     memory = min(distributed.join_rows([available(job.device)]))
     if not cfg.plan:
         if job.guest and (takes := sum(visiting(job, job.guest).values())) > memory:
-            told = (
-                f"when a {purpose(job.guest)}, it takes {_size(takes)} a rank, and there are {_size(memory)}"
-            )
+            told = f"when a {purpose(job.guest)}, it takes {_size(takes)} a rank, there are {_size(memory)}"
             distributed.main_print(f"memory: before the first step, {told}")
         return fits(replace(job, guest=None), memory)
     found = fits(job, memory)
